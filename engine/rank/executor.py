@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -80,10 +80,12 @@ def with_tokens(result: StepResult, sampled: Sampled, **more: Any) -> StepResult
 class Executor:
     """Holds a rank's state and executes plans on it."""
 
+    counts_tokens: ClassVar[bool] = True  # on the host, for penalties
+
     def __init__(self, parts: Parts, num_slots: int, max_len: int, num_cohorts: int) -> None:
         self._parts = parts
         self._table = SlotTable(num_slots, -(-max_len // parts.pool.page_size), num_cohorts)
-        self._settings = SlotSettings(num_slots, parts.model.config.vocab_size)
+        self._settings = SlotSettings(num_slots, parts.model.config.vocab_size, self.counts_tokens)
         self._history = np.zeros((num_slots, max_len), np.int32)  # tokens by position: prompt, then output
         self._forward = Forward(parts, self._table, self._history)
         self._choice = TokenChoice(parts, self._settings)

@@ -11,7 +11,13 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ...kernels.reference.sampling import MIN_TEMPERATURE, LogitEdits, SamplingParams, token_counts
+from ...kernels.reference.sampling import (
+    MIN_TEMPERATURE,
+    NO_PENALTIES,
+    LogitEdits,
+    SamplingParams,
+    token_counts,
+)
 from ..protocol.arrays import Int32, Int64
 from ..protocol.message import Sampling
 from .bad_words import BadWords
@@ -86,11 +92,12 @@ class RowSettings:
 class SlotSettings:
     """Settings by slot. ``first_output`` is the position of a slot's first output token, and the
     length of the request's own prompt. ``num_prompt_logprobs`` and ``prompt_ranks`` are as in
-    ``Sampling``. ``vocab_size`` is the width of the logits.
+    ``Sampling``. ``vocab_size`` is the width of the logits. ``counts_tokens``: for penalties; else
+    somebody else does, and applies them.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, num_slots: int, vocab_size: int, counts_tokens: bool = True) -> None:
+        self._vocab_size, self._counts_tokens = vocab_size, counts_tokens
         self._seed = np.zeros(num_slots, np.int64)
         self._num_logprobs = np.full(num_slots, -1, np.int64)
         self.num_prompt_logprobs = np.full(num_slots, -1, np.int64)
@@ -105,6 +112,7 @@ class SlotSettings:
         self._stop = np.full((num_slots, 1), _NO_TOKEN, np.int64)
         self._edits: dict[int, _Edits] = {}
         self._allowed: dict[int, NDArray[np.int32]] = {}
+        self._follows = np.zeros(num_slots, np.bool_)
         self._free = np.zeros(num_slots, np.bool_)
         self._unaided = np.zeros(num_slots, np.bool_)
         self._plain = np.zeros(num_slots, np.bool_)
@@ -133,6 +141,9 @@ class SlotSettings:
         self._allowed.pop(slot, None)
         if sampling.allowed_i32:
             self._allowed[slot] = _bits(np.frombuffer(sampling.allowed_i32, np.int32), self._vocab_size)
+        edits = self._edits.get(slot)
+        counted = edits is not None and (edits.seen is not None or edits.bad_words is not None)
+        self._follows[slot] = grammar or counted
         free = (
             slot not in self._edits and slot not in self._allowed and not grammar and not sampling.min_tokens
         )
@@ -140,6 +151,12 @@ class SlotSettings:
         self._unaided[slot] = free and sampling.num_logprobs < 0
         self._plain[slot] = self._unaided[slot] and sampling.temperature < MIN_TEMPERATURE
         self._rows = None
+
+    def follows(self, slots: Int64) -> bool:
+        """Whether the logits of some of these rows are changed by tokens that ``observe`` or a
+        grammar has to take first.
+        """
+        return bool(self._follows[slots].any())
 
     def free(self, slots: Int64) -> NDArray[np.bool_]:
         """The rows [R] that draw from the model's own logits."""
@@ -217,13 +234,13 @@ class SlotSettings:
     def _set_edits(self, slot: int, sampling: Sampling, history: Int32, num_prompt: int) -> None:
         """Keeps the changes to a slot's logits, if its request asks for any."""
         self._edits.pop(slot, None)
-        penalised = tuple(self._penalties[slot].tolist()) != (1.0, 0.0, 0.0)
+        penalised = tuple(self._penalties[slot].tolist()) != NO_PENALTIES
         if penalised or sampling.bias_ids_i32 or sampling.bad_words_i32:
             bad_words = np.frombuffer(sampling.bad_words_i32, np.int32)
             self._edits[slot] = _Edits(
                 np.frombuffer(sampling.bias_ids_i32, np.int32).astype(np.int64),
                 np.frombuffer(sampling.bias_values_f32, np.float32),
-                _Seen(history, num_prompt) if penalised else None,
+                _Seen(history, num_prompt) if penalised and self._counts_tokens else None,
                 BadWords(bad_words, history[num_prompt:]) if len(bad_words) else None,
             )
 

@@ -22,7 +22,7 @@ from .rows import FOLDER, Ledger, Row
 FAMILIES = {
     "experts": ("experts", "experts_fp8"),
     "attention": ("attend", "mla_attend"),
-    "sampler": ("sample", "logprobs", "edit_logits", "allow_only"),
+    "sampler": ("sample", "logprobs", "edit_logits", "penalise", "allow_only"),
     "rows": (),  # all other ops
 }
 _COLUMNS, _PANEL = 3, (5.2, 3.0)

@@ -21,7 +21,7 @@ SETTINGS = {
     "plain": (1.0, 0, 1.0, 0.0),
     "top-k 50, top-p 0.9": (0.8, 50, 0.9, 0.0),
 }
-_COUNTED, _BIASED, _LIKELIEST = 2000, 20, 20
+_BIASED, _LIKELIEST = 20, 20
 
 Make = Callable[[torch.device], Call]
 
@@ -35,10 +35,11 @@ def sampler_cases() -> Iterator[Case]:
         )
         yield Case(
             "edit_logits",
-            f"{batch} x {VOCABULARY}, {_COUNTED} counted, {_BIASED} biased",
+            f"{batch} x {VOCABULARY}, {_BIASED} biased",
             _edit_logits(batch),
             small=batch == 16,
         )
+        yield Case("penalise", f"{batch} x {VOCABULARY}", _penalise(batch), small=batch == 16)
         yield Case("allow_only", f"{batch} x {VOCABULARY}", _allow_only(batch), small=batch == 16)
 
 
@@ -89,44 +90,53 @@ def _edit_logits(rows: int) -> Make:
     """Edits so small that logits stay the same however often they are applied."""
 
     def make(device: torch.device) -> Call:
-        logits = _logits(device, rows)
-        owners, biased = np.repeat(np.arange(rows), _COUNTED), np.repeat(np.arange(rows), _BIASED)
+        logits, biased, none = (
+            _logits(device, rows),
+            np.repeat(np.arange(rows), _BIASED),
+            np.zeros(0, np.int64),
+        )
         edits = LogitEdits(
-            counted_rows_N=owners,
-            counted_tokens_N=np.tile(np.arange(_COUNTED) * 71, rows),
-            output_counts_N=np.ones(len(owners), np.int64),
-            repetition_R=np.full(rows, 1.0001, np.float32),
-            presence_R=np.full(rows, 0.0001, np.float32),
-            frequency_R=np.full(rows, 0.0001, np.float32),
+            counted_rows_N=none,
+            counted_tokens_N=none,
+            output_counts_N=none,
+            repetition_R=np.ones(rows, np.float32),
+            presence_R=np.zeros(rows, np.float32),
+            frequency_R=np.zeros(rows, np.float32),
             bias_rows_N=biased,
             bias_tokens_N=np.tile(np.arange(_BIASED) * 999, rows),
             bias_values_N=np.full(len(biased), 0.0001, np.float32),
-            masked_rows_N=biased[:0],
-            masked_tokens_N=biased[:0],
+            masked_rows_N=none,
+            masked_tokens_N=none,
         )
 
         def bind(ops: Reference) -> Callable[[], object]:
             if ops.column != "triton":
                 return lambda: ops.edit_logits(logits, edits)
-            from ..triton.sampling import edit_bias, edit_penalties
+            from ..triton.sampling import edit_bias
 
             bias = [
                 torch.from_numpy(part).to(device)
                 for part in (edits.bias_rows_N, edits.bias_tokens_N, edits.bias_values_N)
             ]
-            counted = (edits.counted_rows_N, edits.counted_tokens_N, edits.output_counts_N)
-            pairs, tokens, counts, *penalties = (
-                torch.from_numpy(part).to(device)
-                for part in (*counted, edits.repetition_R, edits.presence_R, edits.frequency_R)
-            )
+            return lambda: edit_bias(logits, *bias)
 
-            def run() -> None:
-                edit_bias(logits, *bias)
-                edit_penalties(logits, (pairs, tokens, counts), (penalties[0], penalties[1], penalties[2]))
+        return Call(bind, len(biased) * 28.0)
 
-            return run
+    return make
 
-        return Call(bind, len(owners) * 32.0 + len(biased) * 28.0)
+
+def _penalise(rows: int) -> Make:
+    """Penalties so small that logits stay the same however often they are applied. Every token's
+    count is read, and every 32nd was seen.
+    """
+
+    def make(device: torch.device) -> Call:
+        logits, slots = _logits(device, rows), torch.arange(rows, device=device)
+        counts = torch.zeros(rows, VOCABULARY, dtype=torch.int16, device=device)
+        counts[:, ::32] = 2
+        penalties = torch.tensor([[1.0001, 0.0001, 0.0001]], device=device).repeat(rows, 1)
+        num_bytes = rows * VOCABULARY * (counts.itemsize + 2 * logits.itemsize)  # lines of 32 bytes
+        return Call(lambda ops: lambda: ops.penalise(logits, slots, counts, penalties), float(num_bytes))
 
     return make
 

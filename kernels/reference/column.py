@@ -85,6 +85,7 @@ class Reference:
     rotate_and_write_index = staticmethod(indexer.rotate_and_write_index)
     select_positions = staticmethod(indexer.select_positions)
     edit_logits = staticmethod(sampling.edit_logits)
+    penalise = staticmethod(sampling.penalise)
     allow_only = staticmethod(sampling.allow_only)
     sample_slots = staticmethod(sampling.sample_slots)
     copy_pages = staticmethod(paged.copy_pages)

@@ -38,6 +38,9 @@ _NUCLEUS_WIDTHS = (256, 4096)
 _DRAW_BLOCK = 512
 
 
+NO_PENALTIES = (1.0, 0.0, 0.0)
+"""Repetition, presence and frequency of a request without penalties."""
+
 # The signature of ``likeliest``.
 Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
@@ -135,7 +138,34 @@ def edit_logits(logits_RV: Tensor, edits: LogitEdits) -> None:
     if len(edits.masked_rows_N):
         logits_RV[_pairs(edits.masked_rows_N, edits.masked_tokens_N, device)] = -math.inf
     if len(edits.counted_rows_N):
-        _penalise(logits_RV, edits)
+        penalise_counted(logits_RV, edits)
+
+
+def penalise_counted(logits_RV: Tensor, edits: LogitEdits) -> None:
+    """Applies the penalties of ``edit_logits``, by what the host has counted."""
+    device, rows = logits_RV.device, edits.counted_rows_N
+    where = _pairs(rows, edits.counted_tokens_N, device)
+    repetition_N = _move(edits.repetition_R[rows], device)
+    counts = edits.output_counts_N
+    subtracted = edits.frequency_R[rows] * counts + edits.presence_R[rows] * (counts > 0)
+    values_N = logits_RV[where]
+    values_N = torch.where(values_N > 0, values_N / repetition_N, values_N * repetition_N)
+    logits_RV[where] = values_N - _move(subtracted.astype(np.float32), device)
+
+
+def penalise(logits_RV: Tensor, slots_R: Tensor, counts_SV: Tensor, penalties_S3: Tensor) -> None:
+    """Applies the penalties of ``edit_logits`` in place on logits_RV float32, by what is counted on
+    their device: counts_SV int16 or int32 is twice how often a slot has sampled a token, and 1 more
+    for one of its prompt; penalties_S3 float32 are repetition, presence and frequency. Rows of
+    slots with ``NO_PENALTIES`` stay as they are. slots_R int64.
+    """
+    counts_RV = counts_SV.index_select(0, slots_R)
+    repetition_R1, presence_R1, frequency_R1 = penalties_S3.index_select(0, slots_R)[:, :, None].unbind(1)
+    times_RV = counts_RV >> 1
+    subtracted_RV = frequency_R1.double() * times_RV + presence_R1.double() * (times_RV > 0)
+    scaled_RV = torch.where(logits_RV > 0, logits_RV / repetition_R1, logits_RV * repetition_R1)
+    penalised_RV = scaled_RV - subtracted_RV.float()
+    logits_RV.copy_(torch.where(counts_RV > 0, penalised_RV, logits_RV))
 
 
 def allow_only(logits_RV: Tensor, rows_S: NDArray[np.int64], bits_SW: NDArray[np.int32]) -> None:
@@ -235,17 +265,6 @@ def _shifted(value_R: Tensor, bits: int) -> Tensor:
 
 def _signed(bits: np.uint64) -> int:
     return int(bits.astype(np.int64))
-
-
-def _penalise(logits_RV: Tensor, edits: LogitEdits) -> None:
-    device, rows = logits_RV.device, edits.counted_rows_N
-    where = _pairs(rows, edits.counted_tokens_N, device)
-    repetition_N = _move(edits.repetition_R[rows], device)
-    counts = edits.output_counts_N
-    subtracted = edits.frequency_R[rows] * counts + edits.presence_R[rows] * (counts > 0)
-    values_N = logits_RV[where]
-    values_N = torch.where(values_N > 0, values_N / repetition_N, values_N * repetition_N)
-    logits_RV[where] = values_N - _move(subtracted.astype(np.float32), device)
 
 
 def _weights(logits_RV: Tensor, params: SamplingParams, drawn: NDArray[np.int64], search: Search) -> Tensor:

@@ -156,6 +156,7 @@ class Triton(Reference):
     rotate_and_write_index = staticmethod(indexer.rotate_and_write_index)
     select_positions = staticmethod(indexer.select_positions)
     edit_logits = staticmethod(sampling.edit_logits)
+    penalise = staticmethod(sampling.penalise)
     allow_only = staticmethod(sampling.allow_only)
     sample = staticmethod(draw.sample)
     sample_slots = staticmethod(draw.sample_slots)

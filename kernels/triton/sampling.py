@@ -16,12 +16,14 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..reference import sampling as reference
 from ..reference.sampling import LogitEdits
 from .target import power_of_two
 
 _CHUNK = 4096
 _EDITS_PER_PROGRAM = 256
 _WORDS_PER_PROGRAM = 64
+_EDITED = 1024  # tokens of a row that a program penalises
 
 
 def edit_logits(logits_RV: Tensor, edits: LogitEdits) -> None:
@@ -35,16 +37,7 @@ def edit_logits(logits_RV: Tensor, edits: LogitEdits) -> None:
     if len(edits.masked_rows_N):
         edit_mask(logits_RV, *(move(part, device) for part in (edits.masked_rows_N, edits.masked_tokens_N)))
     if len(edits.counted_rows_N):
-        counted = tuple(
-            move(part, device)
-            for part in (edits.counted_rows_N, edits.counted_tokens_N, edits.output_counts_N)
-        )
-        penalties = tuple(
-            move(part, device) for part in (edits.repetition_R, edits.presence_R, edits.frequency_R)
-        )
-        edit_penalties(
-            logits_RV, (counted[0], counted[1], counted[2]), (penalties[0], penalties[1], penalties[2])
-        )
+        reference.penalise_counted(logits_RV, edits)
 
 
 def edit_bias(logits_RV: Tensor, rows_N: Tensor, tokens_N: Tensor, values_N: Tensor) -> None:
@@ -63,15 +56,22 @@ def edit_mask(logits_RV: Tensor, rows_N: Tensor, tokens_N: Tensor) -> None:
     )
 
 
-def edit_penalties(
-    logits_RV: Tensor, counted: tuple[Tensor, Tensor, Tensor], penalties: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """Applies penalties in place. ``counted``: rows_N, tokens_N, output_counts_N int64.
-    ``penalties``: repetition, presence, frequency [R].
-    """
-    _penalty_kernel[_edit_grid(counted[0])](
-        logits_RV, logits_RV.stride(0), *counted, *penalties, len(counted[0]), CHUNK=_EDITS_PER_PROGRAM
-    )
+def penalise(logits_RV: Tensor, slots_R: Tensor, counts_SV: Tensor, penalties_S3: Tensor) -> None:
+    """Same as ``sampling.penalise``."""
+    assert logits_RV.stride(1) == counts_SV.stride(1) == 1 and penalties_S3.is_contiguous()
+    if len(slots_R):
+        grid = (len(slots_R), triton.cdiv(logits_RV.shape[1], _EDITED))
+        _penalty_kernel[grid](
+            logits_RV,
+            logits_RV.stride(0),
+            slots_R,
+            counts_SV,
+            counts_SV.stride(0),
+            penalties_S3,
+            logits_RV.shape[1],
+            CHUNK=_EDITED,
+            num_warps=4,
+        )
 
 
 def allow_only(logits_RV: Tensor, rows_S: NDArray[np.int64], bits_SW: NDArray[np.int32]) -> None:
@@ -178,27 +178,21 @@ def _allow_kernel(logits_ptr, logits_stride, rows_ptr, bits_ptr, bits_stride, V,
     tl.store(logits_ptr + row * logits_stride + token, never, mask=refused & (token < end))
 
 
-@triton.jit(do_not_specialize=["num"])
+@triton.jit
 def _penalty_kernel(
-    logits_ptr,
-    logits_stride,
-    rows_ptr,
-    tokens_ptr,
-    counts_ptr,
-    repetition_ptr,
-    presence_ptr,
-    frequency_ptr,
-    num,
-    CHUNK: tl.constexpr,
+    logits_ptr, logits_stride, slots_ptr, counts_ptr, counts_stride, penalties_ptr, V, CHUNK: tl.constexpr
 ):
-    i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    row = tl.load(rows_ptr + i, mask=i < num, other=-1)
-    real = row >= 0
-    at = logits_ptr + row * logits_stride + tl.load(tokens_ptr + i, mask=real, other=0)
-    count = tl.load(counts_ptr + i, mask=real, other=0)
-    value = tl.load(at, mask=real, other=0.0)
-    repetition = tl.load(repetition_ptr + row, mask=real, other=1.0)
-    value = tl.where(value > 0.0, value / repetition, value * repetition)
-    value -= tl.load(frequency_ptr + row, mask=real, other=0.0) * count.to(tl.float32)
-    value -= tl.where(count > 0, tl.load(presence_ptr + row, mask=real, other=0.0), 0.0)
-    tl.store(at, value, mask=real)
+    """Penalises a chunk of one row."""
+    slot = tl.load(slots_ptr + tl.program_id(0))
+    repetition = tl.load(penalties_ptr + 3 * slot)
+    presence = tl.load(penalties_ptr + 3 * slot + 1)
+    frequency = tl.load(penalties_ptr + 3 * slot + 2)
+    if (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0):
+        token = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+        count = tl.load(counts_ptr + slot * counts_stride + token, mask=token < V, other=0).to(tl.int32)
+        at = logits_ptr + tl.program_id(0).to(tl.int64) * logits_stride + token
+        value = tl.load(at, mask=count > 0, other=0.0)
+        value = tl.where(value > 0.0, value / repetition, value * repetition)
+        value -= frequency * (count >> 1).to(tl.float32)
+        value -= tl.where(count > 1, presence, 0.0)
+        tl.store(at, value, mask=count > 0)

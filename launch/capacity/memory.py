@@ -69,8 +69,7 @@ def memory_of(setup: Setup, stage: PipelineStage) -> Memory:
     weights = weights_of(setup, stage)
     num_pages = pages_of(setup, stage, weights)
     kv_pool = (num_pages + 1) * page_bytes(setup, stage) if num_pages else 0
-    steps = activations_of(setup, stage), dispatch_buffers(setup), captured_bytes(setup, stage)
-    moves = moves_bytes(setup, stage)
+    steps, moves = _steps(setup, stage), moves_bytes(setup, stage)
     reserve = GPU_RESERVE_BYTES if setup.hardware.device == "cuda" else 0
     headroom = setup.rank_memory - weights.total - kv_pool - sum(steps) - moves - reserve
     return Memory(weights, num_pages, kv_pool, *steps, moves, reserve, headroom)
@@ -128,12 +127,25 @@ def page_bytes(setup: Setup, stage: PipelineStage) -> int:
 
 def pages_of(setup: Setup, stage: PipelineStage, weights: Weights) -> int:
     """Pages of the pool; 0 if none fits. A rank on a GPU measures what is estimated here."""
-    steps = activations_of(setup, stage) + dispatch_buffers(setup) + captured_bytes(setup, stage)
-    claimed = steps + moves_bytes(setup, stage)
+    claimed = sum(_steps(setup, stage)) + moves_bytes(setup, stage)
     limits = PoolLimits(setup.kv_memory, setup.max_running * setup.max_len, claimed)
     free = setup.rank_memory - weights.total
     num_bytes = limits.num_bytes(free, 1, setup.hardware.device)
     return limits.num_pages(num_bytes, page_bytes(setup, stage), setup.page_size)
+
+
+def _steps(setup: Setup, stage: PipelineStage) -> tuple[int, int, int]:
+    """Bytes that steps take: activations and the state of slots, dispatch, captured steps."""
+    activations = activations_of(setup, stage) + token_counts_bytes(setup, stage)
+    return activations, dispatch_buffers(setup), captured_bytes(setup, stage)
+
+
+def token_counts_bytes(setup: Setup, stage: PipelineStage) -> int:
+    """Bytes of ``engine.rank.device.token_counts``, which a GPU has for penalties."""
+    if setup.hardware.device != "cuda" or not stage.last:
+        return 0
+    item = 2 if 2 * setup.max_len < 2**15 - 1 else 4
+    return (setup.max_running + 1) * setup.shape.vocab_size * item
 
 
 def activations_of(setup: Setup, stage: PipelineStage) -> int:

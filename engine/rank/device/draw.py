@@ -17,6 +17,7 @@ from ..masks import Masks
 from ..parts import Parts
 from ..slot_sampling import RowSettings, SlotSettings
 from .step_arrays import sampling_of
+from .token_counts import TokenCounts
 from .under_way import Drawing
 
 
@@ -42,8 +43,8 @@ class Draw(Protocol):
 class WholeDraw:
     """The ``Draw`` of a rank that has the whole vocabulary."""
 
-    def __init__(self, parts: Parts, settings: SlotSettings) -> None:
-        self._parts, self._settings = parts, settings
+    def __init__(self, parts: Parts, settings: SlotSettings, counts: TokenCounts | None) -> None:
+        self._parts, self._settings, self._counts = parts, settings, counts
 
     def is_free(self, settings: RowSettings) -> bool:
         return True
@@ -59,8 +60,8 @@ class WholeDraw:
         if len(settings.asked):
             asked_S = torch.from_numpy(settings.asked).to(logits_CV.device)
             raw_SV = logits_CV.index_select(0, asked_S)
-        rules = Rules(ops, self._settings, drawing.masks)
-        tokens_C = rules.draw(logits_CV, settings, drawing.positions, sampling_of(sent)[1])
+        rules = Rules(ops, self._settings, self._counts, drawing.masks)
+        tokens_C = rules.draw(logits_CV, settings, drawing.positions, *sampling_of(sent))
         if raw_SV is None or asked_S is None:
             return tokens_C, []
         return tokens_C, list(ops.logprobs(raw_SV, tokens_C[asked_S], int(settings.num_logprobs.max())))
@@ -69,18 +70,27 @@ class WholeDraw:
 class Rules:
     """Draws by whole logits after all that rows ask for has changed them."""
 
-    def __init__(self, ops: Reference, slot_settings: SlotSettings, masks: Masks | None) -> None:
-        self._ops, self._slot_settings, self._masks = ops, slot_settings, masks
+    def __init__(
+        self, ops: Reference, slot_settings: SlotSettings, counts: TokenCounts | None, masks: Masks | None
+    ) -> None:
+        self._ops, self._slot_settings, self._counts, self._masks = ops, slot_settings, counts, masks
 
     def draw(
-        self, logits_SV: Tensor, settings: RowSettings, positions: Int64, sampling: SlotSampling
+        self,
+        logits_SV: Tensor,
+        settings: RowSettings,
+        positions: Int64,
+        slots_S: Tensor,
+        sampling: SlotSampling,
     ) -> Tensor:
-        """Tokens [S] for ``positions`` of the rows of ``settings``, which ``sampling`` has on the
-        device. Logits are edited in place.
+        """Tokens [S] for ``positions`` of the rows of ``settings``, whose slots and samples are on
+        the device. Logits are edited in place.
         """
         edits = self._slot_settings.edits(settings, positions)
         if edits is not None:
             self._ops.edit_logits(logits_SV, edits)
+        if self._counts is not None and self._counts.among(settings.slots):
+            self._counts.penalise(logits_SV, slots_S, self._ops)
         if settings.allowed is not None:
             self._ops.allow_only(logits_SV, *settings.allowed)
         if self._masks is not None:

@@ -2,8 +2,8 @@
 
 The host keeps slots, lengths and pages, which plans determine; tokens stay on the device, where the
 next step reads them, and the host reads them when they have arrived. So a step may begin while
-others are under way. A row that needs the host between its logits and its token (penalties, a
-grammar, log-probabilities) makes the host wait for the steps before.
+others are under way. A row whose logits depend on tokens that the host has to know (a grammar, bad
+words) makes the host wait for the steps before; penalties are counted on the device.
 
 Suffixes: T tokens of a step, C rows that draw, B rows of a captured step, S rows that ask for
 log-probabilities, D hidden, V vocabulary.
@@ -44,6 +44,7 @@ from .graphs import GraphRecorder
 from .slots import DeviceSlots, Lane, new_pages
 from .split_draw import draw_of
 from .step_arrays import NUM_LANE_ARRAYS, Arrays, LaneArrays
+from .token_counts import TokenCounts
 from .transfers import Download, Upload, mark, seconds_between, side_stream
 from .under_way import Drawing, UnderWay
 
@@ -63,6 +64,8 @@ class DeviceExecutor(Executor):
     if it is a GPU, and so are those of waits.
     """
 
+    counts_tokens = False
+
     def __init__(
         self,
         parts: Parts,
@@ -80,7 +83,10 @@ class DeviceExecutor(Executor):
         result_bytes = _RESULT_BYTES * num_slots + parts.dispatcher.counts_LS.nbytes + _SPARE_BYTES
         self._download = Download(result_bytes, parts.device, side_stream(parts.device))
         self._slots = DeviceSlots(num_slots, self._table.pages.shape[1], parts.pool, parts.device)
-        self._draw = draw_of(parts, self._settings)
+        draws = parts.links.stage.last and parts.samples
+        vocab_size = parts.model.config.vocab_size
+        self._counts = TokenCounts(num_slots, max_len, vocab_size, parts.device) if draws else None
+        self._draw = draw_of(parts, self._settings, self._counts)
         self._captured = CapturedSteps(
             parts, self._slots, self._upload, self._forward, self._draw, max_tokens, recorder
         )
@@ -170,6 +176,8 @@ class DeviceExecutor(Executor):
         began = mark(parts.device)
         self._take_expected(header, section)
         self._apply(header, section)
+        if self._counts is not None:
+            self._counts.send(self._upload)
         rows = self._table.rows(header, section)
         draws = rows.samples & (rows.ends < self._table.limit[rows.slots])
         drawing = self._drawing(rows, draws.nonzero()[0])
@@ -206,6 +214,9 @@ class DeviceExecutor(Executor):
 
     def _admit(self, admit: Admit) -> None:
         self._lives[admit.slot] += 1
+        if self._counts is not None:
+            history = self._staged[admit.staged]
+            self._counts.admit(admit.slot, admit.sampling, history, len(history) - admit.num_emitted)
         super()._admit(admit)
 
     def _take_over(self, slots: Int64, positions: Int64, tokens_R: Tensor) -> None:
@@ -216,7 +227,7 @@ class DeviceExecutor(Executor):
         """The rows that draw, and their masks, which follow from the tokens of the steps before."""
         slots, grammars = rows.slots[chosen], self._parts.grammars
         alone = bool(self._settings.unaided(slots).all())
-        if not alone:
+        if self._settings.follows(slots):
             self._catch_up()
         masks = None if grammars is None else grammars.begin(slots)
         settings = self._settings.rows(slots)
@@ -305,6 +316,8 @@ class DeviceExecutor(Executor):
         hidden_CD = hidden_TD.index_select(0, sent[0])
         tokens_C, more = self._draw.draw(hidden_CD, sent[1:], drawing)
         self._slots.last_S1.index_copy_(0, sent[1], tokens_C)
+        if self._counts is not None and self._counts.among(drawing.slots):
+            self._counts.add(sent[1], tokens_C)
         self._parts.links.send_tokens(step, tokens_C)
         return [tokens_C, *more]
 

@@ -29,6 +29,8 @@ from ..prompt_logprobs import score_slice
 from ..slot_sampling import SlotSettings
 from .slots import DeviceSlots, Lane
 from .split_draw import draw_of
+from .token_counts import TokenCounts
+from .transfers import Upload
 from .under_way import Drawing
 
 _LOG = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ _LOG = logging.getLogger(__name__)
 _CACHED = (0, 64)  # tokens before the prompt
 _STRIDE, _RANK_STRIDE = 7919, 104729  # primes: tokens that differ, so that routing spreads them
 _MOST_DRAWN = 64
+_UPLOADED = 1 << 12  # bytes
 _LONG = 3  # times the largest prompt, before it
 
 
@@ -50,12 +53,12 @@ def compute_first_steps(parts: Parts, slots: DeviceSlots, forward: Forward, most
             for cached in _CACHED:
                 hidden_TD = _prompt(parts, slots, forward, size, cached)
                 if parts.links.stage.last and size <= _MOST_DRAWN:
-                    _draw(parts, hidden_TD)
+                    _draw(parts, hidden_TD, max_len)
             facts = number, len(sizes), size, time.monotonic() - begin
             _LOG.info("computed %d of %d first steps: %d tokens, after %.1f s", *facts)
         hidden_TD = _prompt(parts, slots, forward, most, min(_LONG * most, max_len - most))
         if parts.links.stage.last:
-            _draw(parts, hidden_TD[: slots.scratch])
+            _draw(parts, hidden_TD[: slots.scratch], max_len)
     finally:
         dispatcher.clock = clock
     dispatcher.counts_LS.zero_()
@@ -98,7 +101,7 @@ def _prompt(parts: Parts, slots: DeviceSlots, forward: Forward, size: int, cache
     return hidden_TD
 
 
-def _draw(parts: Parts, hidden_CD: Tensor) -> None:
+def _draw(parts: Parts, hidden_CD: Tensor, max_len: int) -> None:
     """Draws a token for each row, as a step does whose rows need the host; a row alone asks for
     everything that a request can ask for.
     """
@@ -106,9 +109,16 @@ def _draw(parts: Parts, hidden_CD: Tensor) -> None:
     if num_rows == 1:
         next_C = torch.zeros(num_rows, dtype=torch.int64, device=hidden_CD.device)
         score_slice(parts, hidden_CD, next_C, num_top, ranks=True)
-    settings = SlotSettings(num_rows, parts.model.config.vocab_size)
+    vocab_size, device = parts.model.config.vocab_size, hidden_CD.device
+    settings = SlotSettings(num_rows, vocab_size, counts_tokens=False)
+    counts = TokenCounts(num_rows, max_len, vocab_size, device) if parts.samples else None
     for slot in range(num_rows):
-        settings.admit(slot, _EVERYTHING if num_rows == 1 else _PLAIN, np.zeros(1, np.int32), 0)
+        sampling, history = _EVERYTHING if num_rows == 1 else _PLAIN, np.zeros(1, np.int32)
+        settings.admit(slot, sampling, history, 0)
+        if counts is not None:
+            counts.admit(slot, sampling, history, 0)
+    if counts is not None:
+        counts.send(Upload(_UPLOADED, device))
     slots = np.arange(num_rows)
     drawing = Drawing(
         chosen=slots,
@@ -121,7 +131,7 @@ def _draw(parts: Parts, hidden_CD: Tensor) -> None:
         masks=None,
     )
     sent = [torch.from_numpy(array).to(hidden_CD.device) for array in drawing.arrays()]
-    draw_of(parts, settings).draw(hidden_CD, sent, drawing)
+    draw_of(parts, settings, counts).draw(hidden_CD, sent, drawing)
 
 
 def _ids(*values: int) -> bytes:

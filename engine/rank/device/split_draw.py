@@ -31,14 +31,15 @@ from ..slot_sampling import RowSettings, SlotSettings
 from ..split_choice import MOST_KEPT, split_logprobs
 from .draw import Draw, Rules, WholeDraw
 from .step_arrays import sampling_of
+from .token_counts import TokenCounts
 from .under_way import Drawing
 
 _BLOCK = 512
 
 
-def draw_of(parts: Parts, settings: SlotSettings) -> Draw:
-    """The ``Draw`` of a rank."""
-    return (SplitDraw if parts.splits.tensor.size > 1 else WholeDraw)(parts, settings)
+def draw_of(parts: Parts, settings: SlotSettings, counts: TokenCounts | None) -> Draw:
+    """The ``Draw`` of a rank; no ``counts``: it draws nothing by whole logits."""
+    return (SplitDraw if parts.splits.tensor.size > 1 else WholeDraw)(parts, settings, counts)
 
 
 class SplitDraw:
@@ -46,8 +47,8 @@ class SplitDraw:
     is drawn by whole logits.
     """
 
-    def __init__(self, parts: Parts, settings: SlotSettings) -> None:
-        self._parts, self._settings = parts, settings
+    def __init__(self, parts: Parts, settings: SlotSettings, counts: TokenCounts | None) -> None:
+        self._parts, self._settings, self._counts = parts, settings, counts
 
     def is_free(self, settings: RowSettings) -> bool:
         return bool(_by_floors(settings.params).all())
@@ -59,14 +60,16 @@ class SplitDraw:
         parts, settings = self._parts, drawing.settings
         if self._settings.plain(drawing.slots).all():
             return parts.model.likeliest(hidden_CD), []  # in one exchange
-        logits, sampling = parts.model.own_logits(hidden_CD), sampling_of(sent)[1]
+        logits, (slots_C, sampling) = parts.model.own_logits(hidden_CD), sampling_of(sent)
         floors_C = _by_floors(settings.params)
         most_kept = int(settings.params.top_k_R[floors_C].max(initial=1))
         tokens_C = draw_in_parts(logits, sampling, most_kept)
         whole = np.flatnonzero(~(floors_C & self._settings.free(drawing.slots)))
         if len(whole):
             whole_S = torch.from_numpy(whole).to(parts.device)
-            tokens_C.index_copy_(0, whole_S, self._by_the_rules(logits, sampling, drawing, whole_S))
+            tokens_C.index_copy_(
+                0, whole_S, self._by_the_rules(logits, (slots_C, sampling), drawing, whole_S)
+            )
         asked = settings.asked
         if not len(asked):
             return tokens_C, []
@@ -75,16 +78,17 @@ class SplitDraw:
         return tokens_C, list(split_logprobs(parts, logits.rows(asked_S), tokens_C[asked_S], width))
 
     def _by_the_rules(
-        self, logits: SplitLogits, sampling: SlotSampling, drawing: Drawing, rows_S: Tensor
+        self, logits: SplitLogits, sampling: tuple[Tensor, SlotSampling], drawing: Drawing, rows_S: Tensor
     ) -> Tensor:
         """Tokens of some rows by whole logits."""
         parts, rows = self._parts, rows_S.cpu().numpy()
         logits_SV = logits.rows(rows_S).whole(parts.model.dtype)
         tokens_S = torch.zeros(len(rows), dtype=torch.int64, device=parts.device)
         if parts.samples:
-            rules = Rules(parts.model.ops, self._settings, drawing.masks)
-            settings = self._settings.rows(drawing.slots[rows])
-            tokens_S = rules.draw(logits_SV, settings, drawing.positions[rows], sampling.rows(rows_S))
+            rules = Rules(parts.model.ops, self._settings, self._counts, drawing.masks)
+            settings, (slots_C, samples) = self._settings.rows(drawing.slots[rows]), sampling
+            sent = slots_C[rows_S], samples.rows(rows_S)
+            tokens_S = rules.draw(logits_SV, settings, drawing.positions[rows], *sent)
         return parts.splits.tensor.from_first(tokens_S)
 
 

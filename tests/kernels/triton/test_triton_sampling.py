@@ -152,17 +152,45 @@ def test_pairs_of_row_minus_one_change_nothing() -> None:
     logits = random_logits(2, 10)
     rows = torch.tensor([-1, 1, -1], device=DEVICE)
     tokens = torch.tensor([3, 4, 5], device=DEVICE)
-    ones = torch.ones(2, device=DEVICE)
     for edit in (
         lambda x: triton_sampling.edit_bias(x, rows, tokens, torch.ones(3, device=DEVICE)),
         lambda x: triton_sampling.edit_mask(x, rows, tokens),
-        lambda x: triton_sampling.edit_penalties(
-            x, (rows, tokens, torch.ones_like(rows)), (ones, ones, ones)
-        ),
     ):
         changed = logits.clone()
         edit(changed)
         assert (changed != logits).nonzero().tolist() == [[1, 4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_penalties_by_counts_on_the_device_are_those_of_the_host(dtype: torch.dtype) -> None:
+    """Rows of slots in any order; one without penalties, whose counts mean nothing."""
+    rng, vocab = np.random.default_rng(0), 2500
+    counts = rng.integers(0, 8, (4, vocab))
+    penalties = np.array([[1.5, 0.4, 0.25], [1.0, 0.0, 0.0], [0.8, -1.0, 0.5], [1.1, 0.2, -0.5]], np.float32)
+    slots, none = np.array([2, 1, 0]), np.zeros(0, np.int64)
+    rows, tokens = np.nonzero(counts[slots] * (slots != 1)[:, None])
+    edits = LogitEdits(
+        counted_rows_N=rows,
+        counted_tokens_N=tokens,
+        output_counts_N=counts[slots][rows, tokens] >> 1,
+        repetition_R=penalties[slots, 0],
+        presence_R=penalties[slots, 1],
+        frequency_R=penalties[slots, 2],
+        bias_rows_N=none,
+        bias_tokens_N=none,
+        bias_values_N=np.zeros(0, np.float32),
+        masked_rows_N=none,
+        masked_tokens_N=none,
+    )
+    expected, got, plain = random_logits(3, vocab), random_logits(3, vocab), random_logits(3, vocab)
+    reference.edit_logits(expected, edits)
+    device = [torch.from_numpy(each).to(DEVICE) for each in (slots, counts, penalties)]
+    device[1] = device[1].to(dtype)
+    triton_sampling.penalise(got, *device)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[1], plain[1]) and not torch.equal(got, plain)
+    reference.penalise(plain, *device)
+    assert torch.equal(plain, expected), "to the bit"
 
 
 @pytest.mark.parametrize("vocab", [1, 32, 50, 5003])

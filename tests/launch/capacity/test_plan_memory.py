@@ -20,10 +20,11 @@ from lockstep.engine.models.config import load_config
 from lockstep.engine.models.shape import read_shape
 from lockstep.engine.protocol.specs import Keys, RankSpec
 from lockstep.engine.rank import page_pool as kv_pool
+from lockstep.engine.rank.device.token_counts import TokenCounts
 from lockstep.engine.rank.process import load_executor
 from lockstep.kernels import cpu_isa
 from lockstep.kernels.cpu_isa import Isa
-from lockstep.launch.capacity.memory import memory_of, page_bytes
+from lockstep.launch.capacity.memory import memory_of, page_bytes, token_counts_bytes
 from lockstep.launch.capacity.plan import CapacityPlan, plan_recipe
 from lockstep.launch.capacity.screen import show_plan
 from lockstep.launch.capacity.setup import Setup
@@ -218,6 +219,15 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Isa:
     monkeypatch.setattr(cpu_isa, "here", lambda: isa)
     monkeypatch.setattr(cpu_isa, "own", lambda: isa)
     return isa
+
+
+@pytest.mark.parametrize("max_len", [16383, 16384])
+def test_counts_of_tokens_take_what_is_planned(max_len: int) -> None:
+    recipe, path = load_recipe("qwen3-30b-a3b-1xh100", [f"model.max_len={max_len}"])
+    setup = plan_recipe(recipe, path.parent).setup
+    counts = TokenCounts(setup.max_running, max_len, setup.shape.vocab_size, torch.device("meta"))
+    assert setup.max_len == max_len
+    assert token_counts_bytes(setup, setup.stages[0]) == counts._counts_S1V.nbytes
 
 
 def rank_spec(setup: Setup, path: Path, rank: int) -> RankSpec:

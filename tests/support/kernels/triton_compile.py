@@ -323,7 +323,9 @@ def samplers() -> None:
     triton_sampling.edit_bias(logits, int64(64), int64(64), torch.ones(64))
     triton_sampling.edit_allowed(logits, int64(8), torch.zeros(8, 4748, dtype=torch.int32))
     triton_sampling.edit_mask(logits, int64(64), int64(64))
-    triton_sampling.edit_penalties(logits, (int64(64), int64(64), int64(64)), (ones, ones, ones))
+    for dtype in (torch.int16, torch.int32):
+        counts = torch.zeros(9, 151936, dtype=dtype)
+        triton_sampling.penalise(logits, int64(8), counts, torch.ones(9, 3))
 
 
 _CASES = (

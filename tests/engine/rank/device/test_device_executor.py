@@ -81,9 +81,31 @@ def test_a_slot_that_is_given_away_takes_no_token_of_its_last_request(checkpoint
     plans, wanted = executed(driver)
     executor = build_executor(path, column="reference", as_device=True, num_slots=1)
     assert_same(results_of(executor, requests, plans, 3), wanted)
-    settings, last = executor._settings._edits[0], requests[-1]
-    assert settings.seen is not None
-    assert set(settings.seen.tokens.tolist()) == {*last.prompt, *last.tokens}
+    assert isinstance(executor, DeviceExecutor) and executor._counts is not None
+    last, seen_V = requests[-1], executor._counts._counts_S1V[0]
+    assert set(seen_V.nonzero()[:, 0].tolist()) == {*last.prompt, *last.tokens}
+    assert [int(seen_V[token]) >> 1 for token in last.tokens] == list(map(last.tokens.count, last.tokens))
+
+
+def test_what_rows_ask_for_makes_no_step_wait_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Penalties, log-probabilities, biases, ids that are allowed; but a bad word does."""
+    path = write_checkpoint(tmp_path / "model", qwen3_moe_config(num_hidden_layers=1))
+    requests = [Request([7 * number + 2, 9], 6, sampling) for number, sampling in enumerate(BY_HOST)]
+    plans, wanted = executed(Driver(build_executor(path, column="reference"), requests))
+    executor = build_executor(path, column="reference", as_device=True)
+    waits: list[None] = []
+    monkeypatch.setattr(executor, "_catch_up", lambda: waits.append(None))
+    assert_same(results_of(executor, requests, plans, 3), wanted)
+    assert not waits
+    word = Sampling(temperature=0.0, bad_words_i32=np.array([5, -1], np.int32).tobytes())
+    requests = [Request([2, 9], 2, word)]
+    plans, wanted = executed(Driver(build_executor(path, column="reference"), requests))
+    executor = build_executor(path, column="reference", as_device=True)
+    monkeypatch.setattr(executor, "_catch_up", lambda: waits.append(None))
+    assert_same(results_of(executor, requests, plans, 1), wanted)
+    assert waits
 
 
 def test_two_microbatches_give_the_same(checkpoints: dict[str, Path]) -> None:

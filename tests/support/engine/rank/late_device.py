@@ -159,6 +159,7 @@ class LateOps(Reference):
             Reference.sample_slots, lambda x, *rest: (x.new_empty(len(x), dtype=torch.int64),)
         )
         self.edit_logits = self._like(Reference.edit_logits, None)
+        self.penalise = self._like(Reference.penalise, None)
         self.allow_only = self._like(Reference.allow_only, None)
         self.add_time = self._like(Reference.add_time, None)
 

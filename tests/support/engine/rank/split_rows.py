@@ -139,7 +139,7 @@ def draw_on_device(split: TensorSplit, kind: str, samples: bool, rows: Sequence[
         )
         drawing = Drawing(slots, slots, slots + 10 * step, slots, slots, own, False, None)
         sent = [torch.from_numpy(array) for array in drawing.arrays()]
-        tokens, more = SplitDraw(parts, settings).draw(torch.zeros(len(rows), 1), sent, drawing)
+        tokens, more = SplitDraw(parts, settings, None).draw(torch.zeros(len(rows), 1), sent, drawing)
         lines = logprob_lines((more[0], more[1], more[2]), slots[own.asked], own.num_logprobs[own.asked])
         found.append((tokens.tolist(), _told(lines)))
     return found
