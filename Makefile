@@ -7,7 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lockstep-installed
 SERVING := $(VENV)/.lockstep-serving
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all:
+# pip would compile a third of its time, on one core.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --no-compile
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # a template or two is no Python
 TYPING := .typing/lockstep
 TORCH ?= 2.13.0
 RECIPE ?= demo.yaml
@@ -25,11 +27,13 @@ $(SERVING): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) "torch==$(TORCH)"
 	@$(PIP) -c constraints.txt -e .
+	@$(COMPILE)
 	@touch $@
 
 $(STAMP): $(SERVING)
 	@echo "installing what tests and checks need into $(VENV), once: about a minute"
 	@$(PIP) -c constraints.txt -e ".[test,dev,otel]"
+	@$(COMPILE)
 	@touch $@
 
 # mypy must see the checkout as the package lockstep, whatever its name.
@@ -62,7 +66,7 @@ test-clients: setup
 check: setup $(TYPING)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 bench-control: setup
 	$(BIN)/python benchmarks/bench_control.py

@@ -57,7 +57,13 @@ TORCH_FREE = (
     "moe.balance",
     "kernels.cpu_isa",
 )
-WITH_TORCH = ("engine.rank.process", "engine.rank.executor", "engine.rank.page_pool", "engine.models.weights")
+WITH_TORCH = (
+    "engine.rank.process",
+    "engine.rank.imports_on_cpu",
+    "engine.rank.executor",
+    "engine.rank.page_pool",
+    "engine.models.weights",
+)
 MAX_PARAMETERS = 7
 RANK_WORDS = re.compile(
     r"torch\.distributed|\bdist\.|process_group|all_gather|all_reduce|all_to_all|reduce_scatter|"

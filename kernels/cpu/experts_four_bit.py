@@ -64,14 +64,16 @@ def experts_four_bit(
     counts_S: Tensor,
     form: ExpertForm = PLAIN_FORM,
 ) -> Tensor:
-    """Same as ``four_bit.experts_four_bit``, but that weights are not rounded."""
+    """Same as ``four_bit.experts_four_bit``, but that weights are not rounded. Strided arguments
+    are copied: numba would compile for 2 to 5 s of CPU time once more.
+    """
     up, down = (w if isinstance(w, FourBitArrays) else pack_four_bit(w) for w in (w13, w2))
     y_MD, y = made((len(slots_M), x_ND.shape[1]), x_ND.dtype)
     run = run_packed if x_ND.dtype == torch.bfloat16 and up.in_registers else run_decoded
     run(
-        array(x_ND),
-        array(rows_M),
-        array(slots_M),
+        array(x_ND.contiguous()),
+        array(rows_M.contiguous()),
+        array(slots_M.contiguous()),
         up.codes,
         up.scales,
         up.factors,

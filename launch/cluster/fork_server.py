@@ -2,7 +2,8 @@
 
 PyTorch and the rest take a second or two of CPU time to import. Ranks that share this start in a
 few milliseconds, a replacement too, and share the memory of what was imported. Nothing but imports
-runs here, so that a fork finds no device, no communicator and no thread that holds a lock.
+runs here, so that a fork finds no device, no communicator and no thread that holds a lock. No
+garbage is collected either: next to all of it stays.
 
 ``python -m lockstep.launch.cluster.fork_server MODULE PARENT_PID`` imports MODULE; standard input
 is a Unix socket on which requests come and news go. Its ranks end with it.
@@ -163,9 +164,9 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
     log_to_stderr("fork-server")
     line, begin = Connection(os.dup(0)), time.monotonic()
+    gc.disable()
     importlib.import_module(module)
     _LOG.info("has imported %s in %.1f s, with process id %d", module, time.monotonic() - begin, os.getpid())
-    gc.collect()
     gc.freeze()  # collections in a fork leave the shared pages alone
     _Server(line).serve()
 

@@ -154,8 +154,9 @@ def _further(recording: str) -> str:
 
 def imports_of_ranks(site: Site) -> Imports:
     settings = site.settings(site.threads)
-    if site.device == "cuda":
-        settings |= nccl_settings(site.recipe.cluster.collective_deadline)
+    if site.device != "cuda":
+        return Imports("lockstep.engine.rank.imports_on_cpu", settings)
+    settings |= nccl_settings(site.recipe.cluster.collective_deadline)
     return Imports("lockstep.engine.rank.process", settings)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from numba.core import event
+from numba.core.registry import cpu_target
 
 from . import arrays as cpu_arrays
 from .compile_lock import locked, unlock
@@ -27,6 +28,14 @@ _READS = 2.0  # seconds: a process that finds its kernels on disk needs less
 _COMPILES = 600.0  # seconds for one kernel in another process; the longest takes 12 on an idle core
 _HELPERS = 7  # at most, per process: a kind of model has 15 to 25 kernels
 _LOOKS = 0.05  # seconds between looks at what others have compiled
+
+
+def import_registries() -> None:
+    """Imports the types and functions that numba knows on CPUs, as the first kernel of a process
+    does: 57 modules.
+    """
+    cpu_target.typing_context.refresh()
+    cpu_target.target_context.refresh()
 
 
 def compile_shared(wanted: Sequence[Wanted], report: Callable[[str], None], helpers: int = 0) -> None:

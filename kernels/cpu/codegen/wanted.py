@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import inspect
 import sys
@@ -83,6 +84,7 @@ def _noting(found: list[Wanted]) -> Callable[..., Callable[..., Any]]:
     return note
 
 
+@functools.cache
 def _returns(function: Any) -> bool:
     """Whether a function returns a value; the others write their results into arrays."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))

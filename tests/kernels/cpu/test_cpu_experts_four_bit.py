@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels.activation import SILU, Activation
+from lockstep.kernels.cpu.experts_four_bit import run_decoded
 from lockstep.kernels.formats.four_bit_format import INT4, INT4_FP16, MXFP4, NVFP4, FourBitFormat
 from lockstep.kernels.reference.experts import PLAIN_FORM, ExpertForm, experts_reference
 from lockstep.kernels.reference.four_bit import FourBit, dequantise, quantise
@@ -120,6 +121,22 @@ def test_a_result_depends_on_no_neighbour(dtype: torch.dtype) -> None:
         counts = torch.zeros(NUM_SLOTS, dtype=torch.int64)
         alone = ops.experts_four_bit(x, rows[some], slots[some], w13, w2, counts)
         assert torch.equal(alone, together[some])
+
+
+def test_strided_rows_compile_nothing_more() -> None:
+    w13, w2 = (ops_of("cpu").pack_four_bit(w) for w in weights(INT4, 40, 24))
+    x, rows, slots = torch.randn(9, 40), torch.arange(7), torch.arange(7) % NUM_SLOTS
+    wide, double = torch.zeros(9, 48), torch.stack([rows, slots], 1)
+    wide[:, :40] = x
+
+    def computed(*given: Tensor) -> Tensor:
+        counts = torch.zeros(NUM_SLOTS, dtype=torch.int64)
+        return ops_of("cpu").experts_four_bit(*given, w13, w2, counts)
+
+    whole = computed(x, rows, slots)
+    known = len(run_decoded.signatures)
+    assert torch.equal(computed(wide[:, :40], *double.unbind(1)), whole)
+    assert len(run_decoded.signatures) == known
 
 
 def test_every_code_and_scale_is_read_as_the_reference_does() -> None:

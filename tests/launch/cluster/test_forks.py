@@ -112,8 +112,9 @@ def test_a_close_while_it_still_imports_leaves_nothing(tmp_path: Path) -> None:
     until(lambda: set(psutil.Process().children(recursive=True)) <= before, "all processes to end")
 
 
-def test_what_ranks_import_touches_no_device() -> None:
-    """A fork after the first call to a driver could not use the device."""
+@pytest.mark.parametrize("module", ["process", "imports_on_cpu"])
+def test_what_ranks_import_touches_no_device_and_starts_no_thread(module: str) -> None:
+    """A fork after the first call to a driver could not use the device; it has one thread only."""
     assert rank_main.__module__ == "lockstep.engine.rank.process"
     code = (
         "import torch\n"
@@ -121,10 +122,10 @@ def test_what_ranks_import_touches_no_device() -> None:
         "for name in ('_cuda_init', '_cuda_getDeviceCount'):\n"
         "    setattr(torch._C, name, touched)\n"
         "torch.cuda._device_count_nvml = touched\n"
-        "import lockstep.engine.rank.process\n"
-        "print(torch.cuda.is_initialized())\n"
+        f"import os, lockstep.engine.rank.{module}\n"
+        "print(torch.cuda.is_initialized(), len(os.listdir('/proc/self/task')))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.stdout == "False\n", done.stderr
+    assert done.stdout == "False 1\n", done.stderr

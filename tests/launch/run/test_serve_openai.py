@@ -45,7 +45,7 @@ def check_logs(folder: Path, ranks: int) -> None:
     """Every process has logged its life, each line with time, level and process."""
     logs = {path.stem: path.read_text().splitlines() for path in folder.glob("*/*.log")}
     [imported] = logs.pop(f"fork-server-{socket.gethostname()}")
-    assert " INFO fork-server: has imported lockstep.engine.rank.process in " in imported
+    assert " INFO fork-server: has imported lockstep.engine.rank.imports_on_cpu in " in imported
     assert set(logs) == {"controller-0", "frontend-0", *(f"rank-{rank}" for rank in range(ranks))}
     for name, lines in logs.items():
         for line in lines:

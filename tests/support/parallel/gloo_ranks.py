@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
 import time
@@ -27,7 +28,7 @@ _DIED = "died without a word"
 # Ranks are forked from a process that has imported their code, which takes 2 s of CPU
 # time. It does nothing else, so it has no threads and no locks that a child would inherit.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["lockstep.engine.rank.executor", "lockstep.kernels.cpu.column"])
+_FORKS.set_forkserver_preload(["lockstep.engine.rank.imports_on_cpu"])
 
 
 def run_ranks(
@@ -97,6 +98,7 @@ def _child(
     args: tuple[Any, ...],
     memory: bool,
 ) -> None:
+    gc.freeze()  # collections leave what is shared with the others alone
     torch.set_num_threads(1)
     try:
         limit = timedelta(seconds=DEADLINE)
