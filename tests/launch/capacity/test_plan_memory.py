@@ -227,7 +227,7 @@ def test_counts_of_tokens_take_what_is_planned(max_len: int) -> None:
     setup = plan_recipe(recipe, path.parent).setup
     counts = TokenCounts(setup.max_running, max_len, setup.shape.vocab_size, torch.device("meta"))
     assert setup.max_len == max_len
-    assert token_counts_bytes(setup, setup.stages[0]) == counts._counts_S1V.nbytes
+    assert token_counts_bytes(setup, setup.stages()[0]) == counts._counts_S1V.nbytes
 
 
 def rank_spec(setup: Setup, path: Path, rank: int) -> RankSpec:
