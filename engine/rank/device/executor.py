@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -86,6 +87,7 @@ class DeviceExecutor(Executor):
         )
         self._lives = np.zeros(num_slots, np.int64)  # admissions of each slot
         self._under_way: deque[UnderWay] = deque()
+        self._guarded = threading.Lock()  # held where another thread asks how far a step is
         self._waits = DeviceWaits(lambda: mark(parts.device))
         if parts.device.type == "cuda":
             parts.groups.note_waits(self._waits)
@@ -99,8 +101,7 @@ class DeviceExecutor(Executor):
             self._captured.begin_epoch()
             self._parts.groups.check()
         except CollectiveError as error:
-            self.end_epoch()
-            raise StepAbandoned(str(error)) from error
+            raise self._abandoned(error) from error
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
@@ -120,18 +121,30 @@ class DeviceExecutor(Executor):
             parts.groups.destroy()
 
     def end_epoch(self) -> None:
-        for step in self._under_way:
+        with self._guarded:  # afterwards nobody asks: a capture of the next epoch would fail by it
+            dropped = [*self._under_way]
+            self._under_way.clear()
+        for step in dropped:
             step.fetched.drop()
-        self._under_way.clear()
         super().end_epoch()
+
+    def cut_overdue(self) -> None:
+        groups = self._parts.groups
+        with self._guarded:
+            try:
+                oldest = self._under_way[0]
+                overdue = self._is_overdue(oldest) and not oldest.fetched.arrived
+            except (IndexError, RuntimeError):  # none, or the device failed: its own thread hears of it
+                return
+        if overdue and not groups.cut_off:
+            groups.cut(oldest.plan.header.epoch, self._lateness(oldest))
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> None:
         try:
             self._under_way.append(self._begin_noted(plan) if plan.header.trace else self._begin(plan))
         except CollectiveError as error:
-            self.end_epoch()
-            raise StepAbandoned(str(error)) from error
+            raise self._abandoned(error) from error
 
     def take(self) -> StepResult | None:
         if not self._done and self._under_way:
@@ -140,14 +153,27 @@ class DeviceExecutor(Executor):
                 try:
                     self._finish()
                 except CollectiveError as error:
-                    self.end_epoch()
-                    raise StepAbandoned(str(error)) from error
-            elif time.monotonic() - oldest.since > self._deadline:
-                self.end_epoch()
-                raise StepAbandoned(
-                    f"step {oldest.plan.header.step} has not ended after {self._deadline:g} s"
-                )
+                    raise self._abandoned(error) from error
+            elif self._is_overdue(oldest):
+                raise self._abandoned(CollectiveError(self._lateness(oldest)))
         return super().take()
+
+    def _is_overdue(self, step: UnderWay) -> bool:
+        """Whether a step had its time, unless it has ended. Compiling and capturing are no part of
+        it: they come before it is handed over.
+        """
+        return time.monotonic() - step.since > self._deadline
+
+    def _lateness(self, step: UnderWay) -> str:
+        return f"step {step.plan.header.step} has not ended after {self._deadline:g} s"
+
+    def _abandoned(self, error: CollectiveError) -> StepAbandoned:
+        """Leaves the epoch. A group that was cut off fails in any call: then the reason is that of
+        the cut.
+        """
+        reason = self._parts.groups.cut_off or str(error)
+        self.end_epoch()
+        return StepAbandoned(reason)
 
     # ----------------------------------------------------------------- a step begins
 
@@ -319,8 +345,9 @@ class DeviceExecutor(Executor):
         """Ends the oldest step under way, once its tokens are here. Raises CollectiveError where
         they mean nothing.
         """
-        step = self._under_way.popleft()
+        step = self._under_way[0]  # where ``cut_overdue`` sees it
         arrays, drawing, header = step.fetched.wait(), step.drawing, step.plan.header
+        self._under_way.popleft()
         self._parts.groups.check()
         sampled = NOTHING
         if self._parts.links.stage.last and len(drawing.slots):
