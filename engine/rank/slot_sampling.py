@@ -62,6 +62,11 @@ class _Edits:
     seen: _Seen | None
     bad_words: BadWords | None
 
+    @property
+    def follow(self) -> bool:
+        """Whether they follow from the tokens that were sampled."""
+        return self.seen is not None or self.bad_words is not None
+
 
 @dataclass(frozen=True)
 class RowSettings:
@@ -106,6 +111,7 @@ class SlotSettings:
         self._edits: dict[int, _Edits] = {}
         self._allowed: dict[int, NDArray[np.int32]] = {}
         self._free = np.zeros(num_slots, np.bool_)
+        self._follows = np.zeros(num_slots, np.bool_)
         self._unaided = np.zeros(num_slots, np.bool_)
         self._plain = np.zeros(num_slots, np.bool_)
         self._rows: RowSettings | None = None
@@ -137,6 +143,8 @@ class SlotSettings:
             slot not in self._edits and slot not in self._allowed and not grammar and not sampling.min_tokens
         )
         self._free[slot] = free
+        edits = self._edits.get(slot)
+        self._follows[slot] = grammar or (edits is not None and edits.follow)
         self._unaided[slot] = free and sampling.num_logprobs < 0
         self._plain[slot] = self._unaided[slot] and sampling.temperature < MIN_TEMPERATURE
         self._rows = None
@@ -144,6 +152,12 @@ class SlotSettings:
     def free(self, slots: Int64) -> NDArray[np.bool_]:
         """The rows [R] that draw from the model's own logits."""
         return self._free[slots]
+
+    def follows(self, slots: Int64) -> NDArray[np.bool_]:
+        """The rows [R] whose logits change by the tokens that they have sampled before: those with
+        penalties, bad words or a grammar.
+        """
+        return self._follows[slots]
 
     def unaided(self, slots: Int64) -> NDArray[np.bool_]:
         """The rows [R] that draw from the model's own logits, and ask for nothing else."""

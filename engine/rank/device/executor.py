@@ -2,8 +2,8 @@
 
 The host keeps slots, lengths and pages, which plans determine; tokens stay on the device, where the
 next step reads them, and the host reads them when they have arrived. So a step may begin while
-others are under way. A row that needs the host between its logits and its token (penalties, a
-grammar, log-probabilities) makes the host wait for the steps before.
+others are under way. A row whose logits change by tokens that it has sampled (penalties, bad words,
+a grammar) makes the host wait for the steps before.
 
 Suffixes: T tokens of a step, C rows that draw, B rows of a captured step, S rows that ask for
 log-probabilities, D hidden, V vocabulary.
@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ....kernels.host_arrays import to_device
 from ....parallel.collectives import CollectiveError
 from ....parallel.device_waits import DeviceWaits
 from ...protocol.arrays import Int64
@@ -235,14 +236,12 @@ class DeviceExecutor(Executor):
         super()._admit(admit)
 
     def _take_over(self, slots: Int64, positions: Int64, tokens_R: Tensor) -> None:
-        slots_R = torch.from_numpy(slots).to(self._parts.device, non_blocking=True)
-        self._slots.last_S1.index_copy_(0, slots_R, tokens_R)
+        self._slots.last_S1.index_copy_(0, to_device(slots, self._parts.device), tokens_R)
 
     def _drawing(self, rows: Rows, chosen: Int64) -> Drawing:
         """The rows that draw, and their masks, which follow from the tokens of the steps before."""
         slots, grammars = rows.slots[chosen], self._parts.grammars
-        alone = bool(self._settings.unaided(slots).all())
-        if not alone:
+        if self._settings.follows(slots).any():
             self._catch_up()
         masks = None if grammars is None else grammars.begin(slots)
         settings = self._settings.rows(slots)
@@ -253,7 +252,9 @@ class DeviceExecutor(Executor):
             numbers=rows.samples.cumsum()[chosen] - 1,
             lives=self._lives[slots],
             settings=settings,
-            alone=alone and masks is None and self._draw.is_free(settings),
+            alone=bool(self._settings.unaided(slots).all())
+            and masks is None
+            and self._draw.is_free(settings),
             masks=masks,
         )
 
