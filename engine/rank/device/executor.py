@@ -77,6 +77,7 @@ class DeviceExecutor(Executor):
     ) -> None:
         super().__init__(parts, num_slots, max_len, num_cohorts)
         self._deadline, self._max_tokens = deadline, max_tokens
+        self._guarded = threading.Lock()  # held where another thread asks how far a step is
         num_bytes = _ROW_BYTES * num_slots + _TOKEN_BYTES * max_tokens + _ENTRY_BYTES * _ENTRIES
         self._upload = Upload(num_bytes + _SPARE_BYTES, parts.device)
         result_bytes = _RESULT_BYTES * num_slots + parts.dispatcher.counts_LS.nbytes + _SPARE_BYTES
@@ -88,7 +89,6 @@ class DeviceExecutor(Executor):
         )
         self._lives = np.zeros(num_slots, np.int64)  # admissions of each slot
         self._under_way: deque[UnderWay] = deque()
-        self._guarded = threading.Lock()  # held where another thread asks how far a step is
         self._waits = DeviceWaits(lambda: mark(parts.device))
         if parts.device.type == "cuda":
             parts.groups.note_waits(self._waits)

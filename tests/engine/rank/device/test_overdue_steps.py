@@ -58,9 +58,7 @@ class Held:
     progress = 0, 0, 3
 
 
-@pytest.mark.parametrize(
-    ("sampling", "most"), [(STRICT, 2), (GREEDY, 6)], ids=["for tokens", "for room to send"]
-)
+@pytest.mark.parametrize(("sampling", "most"), [(STRICT, 2), (GREEDY, 6)], ids=["tokens", "room"])
 def test_a_host_that_waits_for_its_device_gives_up_at_the_deadline(
     sampling: Sampling,
     most: int,
@@ -147,6 +145,7 @@ def test_only_a_step_that_its_device_has_not_ended_is_cut_off(
     assert isinstance(executor, DeviceExecutor)
     executor.begin_epoch(0, ())
     monkeypatch.setattr(transfers, "mark", lambda device: mark())
+    monkeypatch.setattr(transfers.HostCopies, "copy", lambda *_: mark())
     executor.submit(EMPTY)
     executor.cut_overdue()
     assert not executor._parts.groups.cut_off, "it has its time"
