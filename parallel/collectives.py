@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, Store, Wor
 
 from . import transports
 from .device_waits import DeviceWaits
-from .recovery import REGROUP, Recovery
+from .recovery import REGROUP, ProcessSpent, Recovery
 from .shared_group import SharedGroup, meet_in_memory
 
 _LOG = logging.getLogger(__name__)
@@ -29,6 +29,16 @@ class CollectiveError(RuntimeError):
     """A collective did not complete: a peer is gone, or the deadline passed. Names the collective
     and the group.
     """
+
+
+_OWN_FAULTS = NotImplementedError, RecursionError, torch.AcceleratorError, torch.OutOfMemoryError
+
+
+def is_own_fault(error: RuntimeError) -> bool:
+    """Whether an error of a call among ranks is this rank's own: of its device, memory or code.
+    Libraries tell of a lost peer by other kinds of RuntimeError, gloo by the plain one.
+    """
+    return isinstance(error, _OWN_FAULTS)
 
 
 Listener = Callable[[str, float, float], None]
@@ -125,8 +135,10 @@ class Collectives:
                 if self._memory:
                     self._group = self._in_memory(self._group, prefix)
         except RuntimeError as error:
+            if is_own_fault(error):
+                raise
             who = f"rank {self.index} did not meet its {len(self._present) - 1} peers"
-            raise CollectiveError(f"{prefix}: {who}: {_first_line(error)}") from error
+            raise CollectiveError(f"{prefix}: {who}: {first_line(error)}") from error
 
     def rehearse(self) -> None:
         """Goes on without any peer: results have the shapes that they have among all ranks."""
@@ -164,16 +176,26 @@ class Collectives:
             raise CollectiveError(f"a stranger is connected in place of rank {strangers[0]}")
 
     def destroy(self) -> None:
-        """Drops the process group, if there is one. Its collectives under way fail."""
+        """Drops the process group, if there is one. Its collectives under way fail. Raises
+        ProcessSpent where it cannot be dropped.
+        """
         group, self._group = self._group, None
         if group is not None:
-            group.abort()
+            self._abort(group)
 
     def cut(self) -> None:
-        """Ends what a device waits for, from any thread. The group stays, of no more use."""
+        """Ends what a device waits for, from any thread. The group stays, of no more use. Raises
+        ProcessSpent where nothing ends it.
+        """
         group = self._group
         if group is not None and not self._transport.on_host:
+            self._abort(group)
+
+    def _abort(self, group: Any) -> None:
+        try:
             group.abort()
+        except RuntimeError as error:
+            raise ProcessSpent(f"{self._name}: the group cannot be aborted: {first_line(error)}") from error
 
     def all_to_all(
         self, rows: Tensor, send: list[int] | None, receive: list[int] | None, what: str
@@ -254,13 +276,15 @@ class Collectives:
         try:
             work: Work = getattr(self._group, name)(*arguments)
         except RuntimeError as error:
-            detail = f"rank {self.index} started {what}: {_first_line(error)}"
-            raise CollectiveError(f"{self._name}: {detail}") from error
+            self._fail(f"started {what}", error)
         return work
 
     def is_done(self, pending: Pending) -> bool:
-        """Whether ``wait`` returns, or raises, at once."""
-        return pending.work is None or pending.work.is_completed()
+        """Whether ``wait`` returns, or raises, at once. Raises CollectiveError as ``wait`` does."""
+        try:
+            return pending.work is None or pending.work.is_completed()
+        except RuntimeError as error:
+            self._fail(f"asked for {pending.what}", error)
 
     def wait(self, pending: Pending) -> Tensor:
         """The result of a collective. Raises CollectiveError when a peer is gone or the deadline
@@ -275,10 +299,8 @@ class Collectives:
             pending.work.wait()
         except RuntimeError as error:
             seconds = time.perf_counter() - start
-            detail = f"after {seconds:.1f} s of {self._deadline.total_seconds():g} s: {_first_line(error)}"
-            raise CollectiveError(
-                f"{self._name}: rank {self.index} waited for {pending.what} {detail}"
-            ) from error
+            of = f"after {seconds:.1f} s of {self._deadline.total_seconds():g} s"
+            self._fail(f"waited for {pending.what} {of}", error)
         end = time.perf_counter()
         if waits is None:
             self.waited += end - start
@@ -287,6 +309,14 @@ class Collectives:
         if self.listener is not None:
             self.listener(self.role, start, end)
         return self._spread(pending)
+
+    def _fail(self, did: str, error: RuntimeError) -> NoReturn:
+        """Raises CollectiveError for the error of a call, or that itself if it is this rank's own
+        fault.
+        """
+        if is_own_fault(error):
+            raise error
+        raise CollectiveError(f"{self._name}: rank {self.index} {did}: {first_line(error)}") from error
 
     @property
     def _vacancies(self) -> bool:
@@ -309,5 +339,6 @@ class Collectives:
         return pending.spread
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of its message."""
     return str(error).partition("\n")[0]

@@ -180,6 +180,11 @@ class NvlinkGroup(OneEpochGroup):
         """
         return self._start(half)
 
+    def room_for_outputs(self, number: int, dtype: torch.dtype) -> Tensor:
+        """Rows [N, D] of a memory, from which outputs leave; of the last dispatch."""
+        with self._guarded("asked for room for outputs"):
+            return self._rounds[number].get_combine_input_buffer(dtype)
+
     def _meet(self, met: Store) -> None:
         ranks = StoreRanks(met, self.index, self.size)
         self._rounds = [self._library.open(shape, ranks, self._device) for shape in self._shapes]

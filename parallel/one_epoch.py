@@ -4,12 +4,13 @@ ends with it, and its replacement meets the others. The recovery grade is a rest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from .collectives import Listener
+from .collectives import Listener, first_line, is_own_fault
 from .device_waits import DeviceWaits
 from .recovery import PROCESS_RESTART, ProcessSpent, Recovery
 
@@ -45,7 +46,9 @@ class OneEpochGroup:
         return self.means if self.size > 1 else ""
 
     def build(self, epoch: int, vacant: Collection[int] = ()) -> None:
-        """Meets the other ranks. Raises ProcessSpent the second time."""
+        """Meets the other ranks. Raises ProcessSpent the second time, and where they do not come:
+        the memory is half made.
+        """
         assert not vacant, f"{self._name}: {self.means} needs every rank, {sorted(vacant)} are away"
         if self._met:
             raise ProcessSpent(
@@ -53,7 +56,8 @@ class OneEpochGroup:
             )
         assert not self._rehearses, f"{self._name}: a rehearsal ends before an epoch"
         self._met = True
-        self._meet(PrefixStore(f"{self._group}/{epoch}", self._store))
+        with self._guarded(f"did not meet its {self.size - 1} peers in epoch {epoch}"):
+            self._meet(PrefixStore(f"{self._group}/{epoch}", self._store))
 
     def rehearse(self) -> None:
         """Allocates memory of this rank's own; exchanges bring nothing."""
@@ -96,13 +100,28 @@ class OneEpochGroup:
     def _start(self, exchange: Callable[[], None]) -> Started:
         """Calls ``exchange`` for its stream, once the current one has come so far."""
         if self._stream is None:
-            exchange()
+            with self._guarded("started an exchange"):
+                exchange()
             return None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            exchange()
+            with self._guarded("started an exchange"):
+                exchange()
             ended: torch.Event = self._stream.record_event()
             return ended
+
+    @contextmanager
+    def _guarded(self, did: str) -> Iterator[None]:
+        """Calls of a library among ranks. Its errors tell of a lost peer, unless they are this
+        rank's own fault; the memory is of no more use then.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self._rehearses or isinstance(error, ProcessSpent) or is_own_fault(error):
+                raise
+            lost = f"{self._name}: rank {self.index} {did}: {first_line(error)}"
+            raise ProcessSpent(f"{lost}; {self.means} serves one epoch only") from error
 
     def _meet(self, met: Store) -> None:
         """Allocates memory with the other ranks, who meet at ``met``."""

@@ -46,8 +46,8 @@ class EpochGroup(Protocol):
 
 class RankGroups:
     """The groups that a rank belongs to: built, and dropped, together and in order. Those over
-    which ``experts`` are spread can meet without some of their ranks. ``is_cut``: the epoch was cut
-    off, and what a device has computed since means nothing.
+    which ``experts`` are spread can meet without some of their ranks. ``cut_off``: says that the
+    epoch was cut off, and why; what a device has computed since means nothing. Else empty.
     """
 
     def __init__(self, *groups: EpochGroup, experts: Collection[EpochGroup] = ()) -> None:
@@ -55,7 +55,7 @@ class RankGroups:
         self._experts = experts
         self._lock = threading.Lock()
         self._epoch = -1
-        self.is_cut = False
+        self.cut_off = ""
 
     @property
     def recovery(self) -> Recovery:
@@ -103,7 +103,7 @@ class RankGroups:
         those that share experts stay away.
         """
         with self._lock:
-            self._epoch, self.is_cut = epoch, False
+            self._epoch, self.cut_off = epoch, ""
         for group in self._groups:
             group.build(epoch, vacant if group in self._experts else ())
             self.check()
@@ -113,20 +113,20 @@ class RankGroups:
         for group in self._groups:
             group.rehearse()
 
-    def cut(self, epoch: int) -> None:
+    def cut(self, epoch: int, why: str = "") -> None:
         """Ends what this rank's device waits for in ``epoch`` or an earlier one. Any thread may
         call: the rank's own may wait for the device. Raises ProcessSpent where that never ends.
         """
         with self._lock:
             if self._epoch <= epoch:
-                self.is_cut = True
+                self.cut_off = self.cut_off or f"epoch {self._epoch} was cut off{why and f': {why}'}"
                 for group in self._groups:
                     group.cut()
 
     def check(self) -> None:
         """Raises CollectiveError if the epoch was cut off."""
-        if self.is_cut:
-            raise CollectiveError(f"epoch {self._epoch} was cut off")
+        if self.cut_off:
+            raise CollectiveError(self.cut_off)
 
     def destroy(self) -> None:
         """Drops the process groups. Their collectives under way fail."""

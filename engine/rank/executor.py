@@ -150,6 +150,9 @@ class Executor:
         """Ends what the device waits for in ``epoch`` or before. Any thread may call."""
         self._parts.groups.cut(epoch)
 
+    def cut_overdue(self) -> None:
+        """As ``cut``, where a device has had a step too long; waits of a host end by themselves."""
+
     def place(self, version: int, placement_i32: bytes) -> None:
         assert self._parts.slots is not None, "another placement, where experts stay"
         self._parts.slots.place(version, placement_i32)
@@ -286,11 +289,7 @@ class Executor:
             self._constrained.intersection_update(self._staged)
             if self._parts.grammars is not None:
                 self._parts.grammars.rebase(section.staged_from)
-        lengths = (
-            {admit.staged: len(self._staged[admit.staged]) for admit in section.admit}
-            if section.admit
-            else {}
-        )
+        lengths = {admit.staged: len(self._staged[admit.staged]) for admit in section.admit}
         for admit in self._table.apply(section, lengths):
             self._admit(admit)
         self._parts.pool.blocks.overwrite(section)

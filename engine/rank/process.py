@@ -84,7 +84,8 @@ def main(spec: RankSpec) -> None:
             hello = executor.hello()
             lobby.report("ready", f"{hello.num_pages} pages of {hello.page_size} tokens")
             loop = RankLoop(spec.rank, executor, sockets)
-            with Pulse(spec, loop, leave=os._exit, cut=executor.cut):
+            cuts = executor.cut, executor.cut_overdue
+            with Pulse(spec, loop, os._exit, *cuts):
                 reason = loop.run()
             lobby.report("stopped", reason)
         finally:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.host_arrays import to_device
 from ..protocol.arrays import Int32
 from ..protocol.results import PromptLogprobs
 from .parts import Parts
@@ -44,7 +45,7 @@ def score(parts: Parts, hidden_TD: Tensor, chunk: Chunk) -> PromptLogprobs:
     """
     split = parts.splits.tensor.size
     width = max(1, _SLICE_BYTES * split // (4 * parts.model.config.vocab_size))
-    next_T = torch.from_numpy(chunk.next_T.astype(np.int64)).to(hidden_TD.device)
+    next_T = to_device(chunk.next_T.astype(np.int64), hidden_TD.device)
     hidden_TD = hidden_TD[chunk.first : chunk.first + len(next_T)]
     slices = [
         score_slice(parts, part_TD, part_T, chunk.num_top, chunk.ranks)

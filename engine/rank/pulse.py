@@ -1,9 +1,11 @@
 """The pulse of a rank: a thread that a step cannot block tells the controller of progress, cuts off
-an epoch that is over, and leaves when the controller says Stop and the step does not end.
+an epoch that is over or whose step is overdue, and leaves when the controller says Stop and the
+step does not end.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -43,13 +45,20 @@ class Pacemaker(Protocol):
 class Pulse:
     """Says every second how far a step is that takes longer than that. ``leave`` ends the process
     with a status; a step that is cut off has nothing to save. ``cut`` ends what a device waits for
-    in an epoch, or raises ProcessSpent where nothing can.
+    in an epoch, or raises ProcessSpent where nothing can; so does ``cut_overdue``, called at every
+    beat, where a step has been with the device for too long: the controller may be silent.
     """
 
     def __init__(
-        self, spec: RankSpec, loop: Pacemaker, leave: Callable[[int], None], cut: Callable[[int], None]
+        self,
+        spec: RankSpec,
+        loop: Pacemaker,
+        leave: Callable[[int], None],
+        cut: Callable[[int], None],
+        cut_overdue: Callable[[], None],
     ) -> None:
-        self._spec, self._loop, self._leave, self._cut = spec, loop, leave, cut
+        self._spec, self._loop, self._leave = spec, loop, leave
+        self._cut, self._cut_overdue = cut, cut_overdue
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
@@ -82,19 +91,20 @@ class Pulse:
                 message = decode(socket.recv())
                 if isinstance(message, Disband):
                     if not self._ended.wait(CUT_SECONDS):
-                        self._cut_off(message.epoch)
+                        self._or_leave(functools.partial(self._cut, message.epoch))
                     continue
                 if not self._ended.wait(LEAVE_SECONDS):
                     self._leave(0)
                 return
+            self._or_leave(self._cut_overdue)
             progress = self._loop.progress
             if progress is not None and before is not None and progress[:2] == before[:2]:
                 socket.send(encode(StepProgress(self._spec.rank, *progress)), zmq.DONTWAIT)
             before = progress
 
-    def _cut_off(self, epoch: int) -> None:
+    def _or_leave(self, cut: Callable[[], None]) -> None:
         try:
-            self._cut(epoch)
+            cut()
         except ProcessSpent as spent:
             _LOG.warning("%s", spent)
             self._leave(SPENT_STATUS)

@@ -68,6 +68,11 @@ class _Edits:
     seen: _Seen | None
     bad_words: BadWords | None
 
+    @property
+    def follow(self) -> bool:
+        """Whether they follow from the tokens that were sampled."""
+        return self.seen is not None or self.bad_words is not None
+
 
 @dataclass(frozen=True)
 class RowSettings:
@@ -112,8 +117,8 @@ class SlotSettings:
         self._stop = np.full((num_slots, 1), _NO_TOKEN, np.int64)
         self._edits: dict[int, _Edits] = {}
         self._allowed: dict[int, NDArray[np.int32]] = {}
-        self._follows = np.zeros(num_slots, np.bool_)
         self._free = np.zeros(num_slots, np.bool_)
+        self._follows = np.zeros(num_slots, np.bool_)
         self._unaided = np.zeros(num_slots, np.bool_)
         self._plain = np.zeros(num_slots, np.bool_)
         self._rows: RowSettings | None = None
@@ -141,13 +146,12 @@ class SlotSettings:
         self._allowed.pop(slot, None)
         if sampling.allowed_i32:
             self._allowed[slot] = _bits(np.frombuffer(sampling.allowed_i32, np.int32), self._vocab_size)
-        edits = self._edits.get(slot)
-        counted = edits is not None and (edits.seen is not None or edits.bad_words is not None)
-        self._follows[slot] = grammar or counted
         free = (
             slot not in self._edits and slot not in self._allowed and not grammar and not sampling.min_tokens
         )
         self._free[slot] = free
+        edits = self._edits.get(slot)
+        self._follows[slot] = grammar or (edits is not None and edits.follow)
         self._unaided[slot] = free and sampling.num_logprobs < 0
         self._plain[slot] = self._unaided[slot] and sampling.temperature < MIN_TEMPERATURE
         self._rows = None

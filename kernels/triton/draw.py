@@ -27,8 +27,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..host_arrays import to_device
 from ..reference.sampling import MIN_TEMPERATURE, Purpose, SamplingParams, SlotSampling
-from .sampling import move
 from .target import interpreted, power_of_two
 
 _PART = 4096
@@ -40,9 +40,9 @@ def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.floa
     """Same as ``sampling.sample``."""
     device = logits_RV.device
     settings = (params.temperature_R, params.top_k_R, params.top_p_R, params.min_p_R)
-    temperature, top_k, top_p, min_p = (move(setting, device) for setting in settings)
+    temperature, top_k, top_p, min_p = (to_device(setting, device) for setting in settings)
     return _sample(
-        logits_RV, (temperature, top_k, top_p, min_p), move(uniform_R, device), None, Purpose.SAMPLE
+        logits_RV, (temperature, top_k, top_p, min_p), to_device(uniform_R, device), None, Purpose.SAMPLE
     )
 
 

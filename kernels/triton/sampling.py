@@ -7,8 +7,6 @@ Roofline: 4 V bytes per row for log-probabilities; edits read and write the logi
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import triton
@@ -16,6 +14,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..host_arrays import to_device
 from ..reference import sampling as reference
 from ..reference.sampling import LogitEdits
 from .target import power_of_two
@@ -32,10 +31,15 @@ def edit_logits(logits_RV: Tensor, edits: LogitEdits) -> None:
     if len(edits.bias_rows_N):
         edit_bias(
             logits_RV,
-            *(move(part, device) for part in (edits.bias_rows_N, edits.bias_tokens_N, edits.bias_values_N)),
+            *(
+                to_device(part, device)
+                for part in (edits.bias_rows_N, edits.bias_tokens_N, edits.bias_values_N)
+            ),
         )
     if len(edits.masked_rows_N):
-        edit_mask(logits_RV, *(move(part, device) for part in (edits.masked_rows_N, edits.masked_tokens_N)))
+        edit_mask(
+            logits_RV, *(to_device(part, device) for part in (edits.masked_rows_N, edits.masked_tokens_N))
+        )
     if len(edits.counted_rows_N):
         reference.penalise_counted(logits_RV, edits)
 
@@ -76,7 +80,7 @@ def penalise(logits_RV: Tensor, slots_R: Tensor, counts_SV: Tensor, penalties_S3
 
 def allow_only(logits_RV: Tensor, rows_S: NDArray[np.int64], bits_SW: NDArray[np.int32]) -> None:
     """Same as ``sampling.allow_only``."""
-    edit_allowed(logits_RV, move(rows_S, logits_RV.device), move(bits_SW, logits_RV.device))
+    edit_allowed(logits_RV, to_device(rows_S, logits_RV.device), to_device(bits_SW, logits_RV.device))
 
 
 def edit_allowed(logits_RV: Tensor, rows_S: Tensor, bits_SW: Tensor) -> None:
@@ -122,10 +126,6 @@ def _chunk(vocab: int) -> int:
 
 def _edit_grid(rows_N: Tensor) -> tuple[int]:
     return (max(1, triton.cdiv(len(rows_N), _EDITS_PER_PROGRAM)),)
-
-
-def move(array: NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
 @triton.jit

@@ -105,7 +105,7 @@ class NvlinkExchange(CapacityExchange):
         lane = handle.state
         assert isinstance(lane, _Lane) and lane.weights_NJ is not None
         rounds, hidden = self._group[lane.number], self._shape.hidden
-        room_ND = rounds.get_combine_input_buffer(self._shape.dtype)
+        room_ND = self._group.room_for_outputs(lane.number, self._shape.dtype)
         self._weighted_sum(y_MD.view(*lane.weights_NJ.shape, hidden), lane.weights_NJ, room_ND)
         sums_TD = y_MD.new_empty(len(handle.weights_TK), hidden)
 

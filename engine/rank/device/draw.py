@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from ....kernels.reference.column import Reference
@@ -16,7 +15,7 @@ from ...protocol.arrays import Int64
 from ..masks import Masks
 from ..parts import Parts
 from ..slot_sampling import RowSettings, SlotSettings
-from .step_arrays import sampling_of
+from .step_arrays import NUM_SAMPLE_ARRAYS, sampling_of
 from .token_counts import TokenCounts
 from .under_way import Drawing
 
@@ -35,7 +34,7 @@ class Draw(Protocol):
     def draw(self, hidden_CD: Tensor, sent: list[Tensor], drawing: Drawing) -> tuple[Tensor, list[Tensor]]:
         """Tokens [C], the same on all ranks of a tensor group, and the log-probabilities that rows
         ask for: of the tokens, then the ids and values of the most likely ones. ``sent`` as
-        ``sample_arrays``.
+        ``Drawing.arrays``.
         """
         ...
 
@@ -58,7 +57,7 @@ class WholeDraw:
         logits_CV, ops = model.logits(hidden_CD), model.ops
         asked_S = raw_SV = None
         if len(settings.asked):
-            asked_S = torch.from_numpy(settings.asked).to(logits_CV.device)
+            asked_S = sent[NUM_SAMPLE_ARRAYS]
             raw_SV = logits_CV.index_select(0, asked_S)
         rules = Rules(ops, self._settings, self._counts, drawing.masks)
         tokens_C = rules.draw(logits_CV, settings, drawing.positions, *sampling_of(sent))

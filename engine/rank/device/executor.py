@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ....kernels.host_arrays import to_device
 from ....parallel.collectives import CollectiveError
 from ....parallel.device_waits import DeviceWaits
 from ...protocol.arrays import Int64
@@ -44,7 +46,7 @@ from .graphs import GraphRecorder
 from .slots import DeviceSlots, Lane, new_pages
 from .split_draw import draw_of
 from .step_arrays import NUM_LANE_ARRAYS, Arrays, LaneArrays
-from .token_counts import TokenCounts
+from .token_counts import token_counts_of
 from .transfers import Download, Upload, mark, seconds_between, side_stream
 from .under_way import Drawing, UnderWay
 
@@ -52,7 +54,6 @@ _ROW_BYTES, _TOKEN_BYTES, _ENTRY_BYTES, _SPARE_BYTES = 512, 128, 12, 4096
 _RESULT_BYTES = 256  # of a row: a token, its log-probability, and those of 20 others
 _ENTRIES = 8192
 """Entries of page tables that travel at once."""
-
 
 _Computed = tuple[Tensor, list[Tensor]]
 
@@ -78,14 +79,13 @@ class DeviceExecutor(Executor):
     ) -> None:
         super().__init__(parts, num_slots, max_len, num_cohorts)
         self._deadline, self._max_tokens = deadline, max_tokens
+        self._guarded = threading.Lock()  # held where another thread asks how far a step is
         num_bytes = _ROW_BYTES * num_slots + _TOKEN_BYTES * max_tokens + _ENTRY_BYTES * _ENTRIES
         self._upload = Upload(num_bytes + _SPARE_BYTES, parts.device)
         result_bytes = _RESULT_BYTES * num_slots + parts.dispatcher.counts_LS.nbytes + _SPARE_BYTES
         self._download = Download(result_bytes, parts.device, side_stream(parts.device))
         self._slots = DeviceSlots(num_slots, self._table.pages.shape[1], parts.pool, parts.device)
-        draws = parts.links.stage.last and parts.samples
-        vocab_size = parts.model.config.vocab_size
-        self._counts = TokenCounts(num_slots, max_len, vocab_size, parts.device) if draws else None
+        self._counts = token_counts_of(parts, num_slots, max_len)
         self._draw = draw_of(parts, self._settings, self._counts)
         self._captured = CapturedSteps(
             parts, self._slots, self._upload, self._forward, self._draw, max_tokens, recorder
@@ -106,8 +106,7 @@ class DeviceExecutor(Executor):
             self._waits.clear()  # of captures, and of a peer that was lost
             self._parts.groups.check()
         except CollectiveError as error:
-            self.end_epoch()
-            raise StepAbandoned(str(error)) from error
+            raise self._abandoned(error) from error
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
@@ -128,18 +127,30 @@ class DeviceExecutor(Executor):
             parts.groups.destroy()
 
     def end_epoch(self) -> None:
-        for step in self._under_way:
+        with self._guarded:  # afterwards nobody asks: a capture of the next epoch would fail by it
+            dropped = [*self._under_way]
+            self._under_way.clear()
+        for step in dropped:
             step.fetched.drop()
-        self._under_way.clear()
         super().end_epoch()
+
+    def cut_overdue(self) -> None:
+        groups = self._parts.groups
+        with self._guarded:
+            try:
+                oldest = self._under_way[0]
+                overdue = self._is_overdue(oldest) and not oldest.fetched.arrived
+            except (IndexError, RuntimeError):  # none, or the device failed: its own thread hears of it
+                return
+        if overdue and not groups.cut_off:
+            groups.cut(oldest.plan.header.epoch, self._lateness(oldest))
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> None:
         try:
             self._under_way.append(self._begin_noted(plan) if plan.header.trace else self._begin(plan))
         except CollectiveError as error:
-            self.end_epoch()
-            raise StepAbandoned(str(error)) from error
+            raise self._abandoned(error) from error
 
     def take(self) -> StepResult | None:
         if not self._done and self._under_way:
@@ -148,14 +159,27 @@ class DeviceExecutor(Executor):
                 try:
                     self._finish()
                 except CollectiveError as error:
-                    self.end_epoch()
-                    raise StepAbandoned(str(error)) from error
-            elif time.monotonic() - oldest.since > self._deadline:
-                self.end_epoch()
-                raise StepAbandoned(
-                    f"step {oldest.plan.header.step} has not ended after {self._deadline:g} s"
-                )
+                    raise self._abandoned(error) from error
+            elif self._is_overdue(oldest):
+                raise self._abandoned(CollectiveError(self._lateness(oldest)))
         return super().take()
+
+    def _is_overdue(self, step: UnderWay) -> bool:
+        """Whether a step had its time, unless it has ended. Compiling and capturing are no part of
+        it: they come before it is handed over.
+        """
+        return time.monotonic() - step.since > self._deadline
+
+    def _lateness(self, step: UnderWay) -> str:
+        return f"step {step.plan.header.step} has not ended after {self._deadline:g} s"
+
+    def _abandoned(self, error: CollectiveError) -> StepAbandoned:
+        """Leaves the epoch. A group that was cut off fails in any call: then the reason is that of
+        the cut.
+        """
+        reason = self._parts.groups.cut_off or str(error)
+        self.end_epoch()
+        return StepAbandoned(reason)
 
     # ----------------------------------------------------------------- a step begins
 
@@ -215,22 +239,20 @@ class DeviceExecutor(Executor):
     def _admit(self, admit: Admit) -> None:
         self._lives[admit.slot] += 1
         if self._counts is not None:
-            history = self._staged[admit.staged]
-            self._counts.admit(admit.slot, admit.sampling, history, len(history) - admit.num_emitted)
+            self._counts.admit(admit.slot, admit.sampling, self._staged[admit.staged], admit.num_emitted)
         super()._admit(admit)
 
     def _take_over(self, slots: Int64, positions: Int64, tokens_R: Tensor) -> None:
-        slots_R = torch.from_numpy(slots).to(self._parts.device, non_blocking=True)
-        self._slots.last_S1.index_copy_(0, slots_R, tokens_R)
+        self._slots.last_S1.index_copy_(0, to_device(slots, self._parts.device), tokens_R)
 
     def _drawing(self, rows: Rows, chosen: Int64) -> Drawing:
         """The rows that draw, and their masks, which follow from the tokens of the steps before."""
         slots, grammars = rows.slots[chosen], self._parts.grammars
-        alone = bool(self._settings.unaided(slots).all())
         if self._settings.follows(slots):
             self._catch_up()
         masks = None if grammars is None else grammars.begin(slots)
         settings = self._settings.rows(slots)
+        alone = masks is None and bool(self._settings.unaided(slots).all())
         return Drawing(
             chosen=chosen,
             slots=slots,
@@ -238,7 +260,7 @@ class DeviceExecutor(Executor):
             numbers=rows.samples.cumsum()[chosen] - 1,
             lives=self._lives[slots],
             settings=settings,
-            alone=alone and masks is None and self._draw.is_free(settings),
+            alone=alone and self._draw.is_free(settings),
             masks=masks,
         )
 
@@ -332,8 +354,9 @@ class DeviceExecutor(Executor):
         """Ends the oldest step under way, once its tokens are here. Raises CollectiveError where
         they mean nothing.
         """
-        step = self._under_way.popleft()
+        step = self._under_way[0]  # where ``cut_overdue`` sees it
         *arrays, totals_R = step.fetched.wait()
+        self._under_way.popleft()
         drawing, header = step.drawing, step.plan.header
         self._parts.groups.check()
         sampled = NOTHING

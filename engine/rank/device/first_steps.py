@@ -109,15 +109,13 @@ def _draw(parts: Parts, hidden_CD: Tensor, max_len: int) -> None:
     if num_rows == 1:
         next_C = torch.zeros(num_rows, dtype=torch.int64, device=hidden_CD.device)
         score_slice(parts, hidden_CD, next_C, num_top, ranks=True)
-    vocab_size, device = parts.model.config.vocab_size, hidden_CD.device
+    vocab_size, device, counts = parts.model.config.vocab_size, hidden_CD.device, None
     settings = SlotSettings(num_rows, vocab_size, counts_tokens=False)
-    counts = TokenCounts(num_rows, max_len, vocab_size, device) if parts.samples else None
     for slot in range(num_rows):
-        sampling, history = _EVERYTHING if num_rows == 1 else _PLAIN, np.zeros(1, np.int32)
-        settings.admit(slot, sampling, history, 0)
-        if counts is not None:
-            counts.admit(slot, sampling, history, 0)
-    if counts is not None:
+        settings.admit(slot, _EVERYTHING if num_rows == 1 else _PLAIN, _HISTORY, 0)
+    if num_rows == 1 and parts.samples:
+        counts = TokenCounts(num_rows, max_len, vocab_size, device)
+        counts.admit(0, _EVERYTHING, _HISTORY, 0)
         counts.send(Upload(_UPLOADED, device))
     slots = np.arange(num_rows)
     drawing = Drawing(
@@ -138,6 +136,7 @@ def _ids(*values: int) -> bytes:
     return np.array(values, np.int32).tobytes()
 
 
+_HISTORY = np.zeros(1, np.int32)
 _PLAIN = Sampling(temperature=0.7, seed=1)
 _EVERYTHING = Sampling(
     temperature=0.7,

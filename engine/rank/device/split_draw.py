@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ....kernels.host_arrays import to_device
 from ....kernels.reference.sampling import (
     MIN_TEMPERATURE,
     Purpose,
@@ -26,11 +27,12 @@ from ....kernels.reference.sampling import (
     uniform_slots,
 )
 from ....parallel.logits import SplitLogits
+from ...protocol.arrays import Int64
 from ..parts import Parts
 from ..slot_sampling import RowSettings, SlotSettings
 from ..split_choice import MOST_KEPT, split_logprobs
 from .draw import Draw, Rules, WholeDraw
-from .step_arrays import sampling_of
+from .step_arrays import NUM_SAMPLE_ARRAYS, sampling_of
 from .token_counts import TokenCounts
 from .under_way import Drawing
 
@@ -66,29 +68,27 @@ class SplitDraw:
         tokens_C = draw_in_parts(logits, sampling, most_kept)
         whole = np.flatnonzero(~(floors_C & self._settings.free(drawing.slots)))
         if len(whole):
-            whole_S = torch.from_numpy(whole).to(parts.device)
-            tokens_C.index_copy_(
-                0, whole_S, self._by_the_rules(logits, (slots_C, sampling), drawing, whole_S)
-            )
+            whole_S = to_device(whole, parts.device)
+            own = slots_C[whole_S], sampling.rows(whole_S)
+            tokens_S = self._by_the_rules(logits.rows(whole_S), own, drawing, whole)
+            tokens_C.index_copy_(0, whole_S, tokens_S)
         asked = settings.asked
         if not len(asked):
             return tokens_C, []
-        asked_S = torch.from_numpy(asked).to(parts.device)
+        asked_S = sent[NUM_SAMPLE_ARRAYS]
         width = min(int(settings.num_logprobs.max()), logits.size)
         return tokens_C, list(split_logprobs(parts, logits.rows(asked_S), tokens_C[asked_S], width))
 
     def _by_the_rules(
-        self, logits: SplitLogits, sampling: tuple[Tensor, SlotSampling], drawing: Drawing, rows_S: Tensor
+        self, logits: SplitLogits, own: tuple[Tensor, SlotSampling], drawing: Drawing, rows: Int64
     ) -> Tensor:
-        """Tokens of some rows by whole logits."""
-        parts, rows = self._parts, rows_S.cpu().numpy()
-        logits_SV = logits.rows(rows_S).whole(parts.model.dtype)
+        """Tokens of the ``rows`` [S] by whole logits; ``logits`` and ``own`` are theirs."""
+        parts, logits_SV = self._parts, logits.whole(self._parts.model.dtype)
         tokens_S = torch.zeros(len(rows), dtype=torch.int64, device=parts.device)
         if parts.samples:
             rules = Rules(parts.model.ops, self._settings, self._counts, drawing.masks)
-            settings, (slots_C, samples) = self._settings.rows(drawing.slots[rows]), sampling
-            sent = slots_C[rows_S], samples.rows(rows_S)
-            tokens_S = rules.draw(logits_SV, settings, drawing.positions[rows], *sent)
+            settings = self._settings.rows(drawing.slots[rows])
+            tokens_S = rules.draw(logits_SV, settings, drawing.positions[rows], *own)
         return parts.splits.tensor.from_first(tokens_S)
 
 

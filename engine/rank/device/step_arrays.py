@@ -108,5 +108,5 @@ def scattered(arrays: Arrays, chosen: Int64, width: int, scratch: int) -> Arrays
 
 def sampling_of(sent: Sequence[Tensor]) -> tuple[Tensor, SlotSampling]:
     """targets_C and the settings, from ``sample_arrays`` on the device."""
-    targets, temperature, top_k, top_p, min_p, seed, position = sent
+    targets, temperature, top_k, top_p, min_p, seed, position = sent[:NUM_SAMPLE_ARRAYS]
     return targets, SlotSampling(temperature, top_k, top_p, min_p, seed, position)

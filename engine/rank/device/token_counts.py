@@ -15,6 +15,7 @@ from ....kernels.reference.column import Reference
 from ....kernels.reference.sampling import NO_PENALTIES, token_counts
 from ...protocol.arrays import Int32, Int64
 from ...protocol.message import Sampling
+from ..parts import Parts
 from .transfers import Upload
 
 _ENTRIES = 8192
@@ -37,10 +38,11 @@ class TokenCounts:
         self._penalised = np.zeros(num_slots, np.bool_)
         self._admitted: dict[int, tuple[tuple[float, float, float], Int32, int]] = {}
 
-    def admit(self, slot: int, sampling: Sampling, history: Int32, num_prompt: int) -> None:
-        """Takes in that a request has got a slot. Its ``history`` begins with a prompt of
-        ``num_prompt`` tokens.
+    def admit(self, slot: int, sampling: Sampling, history: Int32, num_emitted: int) -> None:
+        """Takes in that a request has got a slot; its ``history`` ends with ``num_emitted`` tokens
+        that it has sampled.
         """
+        num_prompt = len(history) - num_emitted
         penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
         if penalties != NO_PENALTIES or self._penalised[slot]:
             self._admitted[slot] = penalties, history, num_prompt
@@ -86,3 +88,10 @@ class TokenCounts:
         tokens, counts = token_counts(history, num_prompt)
         of_prompt = np.isin(tokens, history[:num_prompt])
         return slot * self._vocab_size + tokens, (2 * counts + of_prompt).astype(self._dtype)
+
+
+def token_counts_of(parts: Parts, num_slots: int, max_len: int) -> TokenCounts | None:
+    """The counts of a rank; None if it draws nothing by whole logits."""
+    if not (parts.links.stage.last and parts.samples):
+        return None
+    return TokenCounts(num_slots, max_len, parts.model.config.vocab_size, parts.device)

@@ -20,8 +20,8 @@ from .transfers import Fetched, Mark
 @dataclass(frozen=True)
 class Drawing:
     """The rows of a step that draw tokens: ``chosen`` [C] of all, ``numbers`` [C] of those that
-    sample, the ``lives`` of their slots, and the settings that draw them. ``alone``: no row needs
-    the host.
+    sample, the ``lives`` of their slots, and the settings that draw them. ``alone``: all draw from
+    the model's own logits, and ask for nothing else.
     """
 
     chosen: Int64
@@ -34,7 +34,10 @@ class Drawing:
     masks: Masks | None
 
     def arrays(self) -> Arrays:
-        return sample_arrays(self.slots, self.settings, self.positions)
+        """``sample_arrays``; then the rows [S] that ask for log-probabilities, if any does."""
+        asked = self.settings.asked
+        arrays = sample_arrays(self.slots, self.settings, self.positions)
+        return [*arrays, asked] if len(asked) else arrays
 
 
 @dataclass(frozen=True)

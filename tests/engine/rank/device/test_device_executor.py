@@ -22,21 +22,12 @@ from lockstep.engine.rank.device.first_steps import compute_first_steps
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
 from support.engine.rank.hand_plans import GREEDY, Driver, Request, build_executor
 from support.engine.rank.launch_recorder import LaunchRecorder
-from support.engine.rank.recorded_plans import executed, mixed_requests, results_of
+from support.engine.rank.recorded_plans import BY_HOST, executed, mixed_requests, results_of
 
 CONFIGS = {"qwen3_moe": qwen3_moe_config(num_hidden_layers=2), "deepseek_v3": deepseek_v3_config()}
 TIMES = {"waited": 0.0, "seconds": 0.0, "stalled": 0.0, "phases_f32": b""}
 HOT = Sampling(temperature=0.9, top_k=40, top_p=0.9, seed=4)
-BY_HOST = (
-    Sampling(temperature=0.7, seed=5, presence_penalty=1.5, repetition_penalty=1.3),
-    Sampling(temperature=0.0, num_logprobs=2, stop_i32=np.array([5, 77], np.int32).tobytes(), min_tokens=3),
-    Sampling(
-        temperature=0.0,
-        bias_ids_i32=np.array([77], np.int32).tobytes(),
-        bias_values_f32=np.array([100.0], np.float32).tobytes(),
-    ),
-    Sampling(temperature=1.0, seed=6, allowed_i32=np.array([3, 9, 40, 80], np.int32).tobytes()),
-)
+OVERLAPS = Sampling(temperature=0.9, seed=8, num_logprobs=3), *BY_HOST
 
 
 @pytest.fixture(scope="module")
@@ -87,27 +78,6 @@ def test_a_slot_that_is_given_away_takes_no_token_of_its_last_request(checkpoint
     assert [int(seen_V[token]) >> 1 for token in last.tokens] == list(map(last.tokens.count, last.tokens))
 
 
-def test_what_rows_ask_for_makes_no_step_wait_for_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Penalties, log-probabilities, biases, ids that are allowed; but a bad word does."""
-    path = write_checkpoint(tmp_path / "model", qwen3_moe_config(num_hidden_layers=1))
-    requests = [Request([7 * number + 2, 9], 6, sampling) for number, sampling in enumerate(BY_HOST)]
-    plans, wanted = executed(Driver(build_executor(path, column="reference"), requests))
-    executor = build_executor(path, column="reference", as_device=True)
-    waits: list[None] = []
-    monkeypatch.setattr(executor, "_catch_up", lambda: waits.append(None))
-    assert_same(results_of(executor, requests, plans, 3), wanted)
-    assert not waits
-    word = Sampling(temperature=0.0, bad_words_i32=np.array([5, -1], np.int32).tobytes())
-    requests = [Request([2, 9], 2, word)]
-    plans, wanted = executed(Driver(build_executor(path, column="reference"), requests))
-    executor = build_executor(path, column="reference", as_device=True)
-    monkeypatch.setattr(executor, "_catch_up", lambda: waits.append(None))
-    assert_same(results_of(executor, requests, plans, 1), wanted)
-    assert waits
-
-
 def test_two_microbatches_give_the_same(checkpoints: dict[str, Path]) -> None:
     path, requests = checkpoints["deepseek_v3"], mixed_requests((GREEDY, HOT))
     make = Driver(build_executor(path, column="reference"), requests, microbatches=2)
@@ -141,14 +111,60 @@ def test_captured_steps_repeat_with_what_is_sent(
     sent: list[int] = []
     send = executor._upload.send
     monkeypatch.setattr(executor._upload, "send", lambda arrays: sent.append(len(arrays)) or send(arrays))
+    begun = numbers_under_way(executor, monkeypatch)
     found = results_of(executor, requests, plans, 2)
-    assert sent == [7 + 1 + 7] * (1 + len(plans)), "a capture, then one delta a plan: settings come once"
+    assert len(sent) == 1 + len(plans), "a capture, then one delta a plan"
+    assert set(sent) == {7 + 1 + 7, 7 + 1 + 7 + 1}, "settings come once, and rows that ask for more"
+    assert begun == [1] + [2] * (len(plans) - 1), "no row waits for a token"
+    for mine, theirs in zip(found, wanted, strict=True):
+        for line, like in zip(mine.logprobs, theirs.logprobs, strict=True):
+            assert line.top_ids_i32 == like.top_ids_i32
+            np.testing.assert_allclose(line.chosen, like.chosen, atol=1e-4)
+    assert any(each.logprobs for each in found)
     assert [mine.tokens_i32 for mine in found] == [theirs.tokens_i32 for theirs in wanted]
     assert [mine.ended_i32 for mine in found] == [theirs.ended_i32 for theirs in wanted]
     assert [mine.checksum for mine in found] == [theirs.checksum for theirs in wanted]
     assert [mine.expert_i64 for mine in found] == [theirs.expert_i64 for theirs in wanted], (
         "padding is not counted"
     )
+
+
+def numbers_under_way(executor: DeviceExecutor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many steps are under way after each that is begun, from now on."""
+    submit, found = executor.submit, list[int]()
+
+    def noted(plan: StepPlan) -> None:
+        submit(plan)
+        found.append(len(executor._under_way))
+
+    monkeypatch.setattr(executor, "submit", noted)
+    return found
+
+
+@pytest.mark.parametrize("sampling", OVERLAPS, ids=["logprobs", "penalties", "min_tokens", "bias", "allowed"])
+def test_rows_of_which_the_host_needs_no_token_overlap(
+    sampling: Sampling, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, requests = checkpoints["qwen3_moe"], mixed_requests((sampling, GREEDY))[:6]
+    plans, wanted = executed(Driver(build_executor(path, column="reference"), requests))
+    executor = build_executor(path, column="reference", as_device=True)
+    assert isinstance(executor, DeviceExecutor)
+    begun = numbers_under_way(executor, monkeypatch)
+    assert_same(results_of(executor, requests, plans, 2), wanted)
+    assert begun == [1] + [2] * (len(plans) - 1)
+
+
+def test_rows_of_which_the_host_needs_tokens_wait_for_them(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    word = Sampling(temperature=0.0, bad_words_i32=np.array([5, -1], np.int32).tobytes())
+    path, requests = checkpoints["qwen3_moe"], [Request([3, 9, 4], 4, word)]
+    plans, wanted = executed(Driver(build_executor(path, column="reference"), requests))
+    executor = build_executor(path, column="reference", as_device=True)
+    assert isinstance(executor, DeviceExecutor)
+    begun = numbers_under_way(executor, monkeypatch)
+    assert_same(results_of(executor, requests, plans, 2), wanted)
+    assert begun == [1] * len(plans)
 
 
 def test_recordings_are_void_where_experts_get_replicas(

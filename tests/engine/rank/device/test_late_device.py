@@ -5,6 +5,7 @@ executor, and an epoch that is cut off leaves none.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,16 +16,19 @@ import pytest
 from lockstep.engine.models import registry
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.plan import Header, Mode, Section, StepPlan
+from lockstep.engine.protocol.results import StepResult
 from lockstep.engine.rank.contract import StepAbandoned
 from lockstep.engine.rank.device import executor as device_executor, transfers
 from lockstep.engine.rank.device.executor import DeviceExecutor
 from support.engine.models.checkpoints import deepseek_v3_config, write_checkpoint
-from support.engine.rank.hand_plans import GREEDY, Driver, build_executor
+from support.engine.rank.hand_plans import GREEDY, Driver, Request, build_executor
 from support.engine.rank.late_device import LateCopies, LateDevice, LateMark, LateOps
 from support.engine.rank.recorded_plans import executed, mixed_requests, results_of
 
 TIMES = {"waited": 0.0, "seconds": 0.0, "stalled": 0.0, "phases_f32": b""}
-SAMPLINGS = GREEDY, Sampling(temperature=0.9, top_k=40, top_p=0.9, seed=4), Sampling(presence_penalty=1.0)
+ASKS = Sampling(temperature=0.9, seed=7, num_logprobs=3)
+HOT = Sampling(temperature=0.9, top_k=40, top_p=0.9, seed=4)
+SAMPLINGS = GREEDY, HOT, Sampling(presence_penalty=1.0), ASKS
 
 
 @pytest.fixture
@@ -63,6 +67,44 @@ def test_results_are_those_of_the_other_executor(
     assert [msgspec.structs.replace(each, **TIMES) for each in found] == [
         msgspec.structs.replace(each, **TIMES) for each in wanted
     ]
+
+
+def test_steps_with_log_probabilities_are_begun_while_the_device_is_behind(
+    path: Path, late: LateDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host waits for no token, and the values are those of an executor that waits for each."""
+    requests = [Request([5, 9, 2, 30], 4, ASKS), Request([7, 3], 4, GREEDY), Request([11, 8], 4, ASKS)]
+    plans, wanted = executed(Driver(build_executor(path, column="reference"), requests))
+    executor = build_executor(path, column="reference", as_device=True)
+    assert isinstance(executor, DeviceExecutor)
+    on(late, executor, monkeypatch)
+    for number, request in enumerate(requests):
+        executor.stage(number, np.asarray(request.prompt, np.int32).tobytes())
+    executor.begin_epoch(0, ())
+    goes_on = LateMark()
+    late.give(goes_on.synchronize)
+    for plan in plans[:3]:
+        executor.submit(plan)
+    assert len(executor._under_way) == 3 and executor.take() is None, "no step has ended"
+    goes_on.come()
+    found = taken(executor, 3)
+    for plan in plans[3:]:
+        executor.submit(plan)
+        found += taken(executor, 1)
+    assert sum(len(each.logprobs) for each in found) == 2 * 4
+    assert [msgspec.structs.replace(each, **TIMES) for each in found] == [
+        msgspec.structs.replace(each, **TIMES) for each in wanted
+    ]
+
+
+def taken(executor: DeviceExecutor, number: int) -> list[StepResult]:
+    found: list[StepResult] = []
+    end = time.monotonic() + 60
+    while len(found) < number:
+        if (result := executor.take()) is not None:
+            found.append(result)
+        assert time.monotonic() < end, f"{len(found)} of {number} results within 60 s"
+    return found
 
 
 def test_an_epoch_that_is_cut_off_leaves_no_results(

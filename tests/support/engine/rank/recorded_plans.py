@@ -14,6 +14,18 @@ from lockstep.engine.rank.executor import Executor
 
 from .hand_plans import Driver, Request
 
+BY_HOST = (
+    Sampling(temperature=0.7, seed=5, presence_penalty=1.5, repetition_penalty=1.3),
+    Sampling(temperature=0.0, num_logprobs=2, stop_i32=np.array([5, 77], np.int32).tobytes(), min_tokens=3),
+    Sampling(
+        temperature=0.0,
+        bias_ids_i32=np.array([77], np.int32).tobytes(),
+        bias_values_f32=np.array([100.0], np.float32).tobytes(),
+    ),
+    Sampling(temperature=1.0, seed=6, allowed_i32=np.array([3, 9, 40, 80], np.int32).tobytes()),
+)
+"""Settings of rows that are not drawn by a recording: their logits change, or they ask for more."""
+
 
 def mixed_requests(samplings: tuple[Sampling, ...]) -> list[Request]:
     """Requests that come one after another, in chunks, and are held for a while: slots are given
