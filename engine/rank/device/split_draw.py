@@ -26,6 +26,7 @@ from ....kernels.reference.sampling import (
     uniform_slots,
 )
 from ....parallel.logits import SplitLogits
+from ...protocol.arrays import Int64
 from ..parts import Parts
 from ..slot_sampling import RowSettings, SlotSettings
 from ..split_choice import MOST_KEPT, split_logprobs
@@ -66,7 +67,8 @@ class SplitDraw:
         whole = np.flatnonzero(~(floors_C & self._settings.free(drawing.slots)))
         if len(whole):
             whole_S = torch.from_numpy(whole).to(parts.device)
-            tokens_C.index_copy_(0, whole_S, self._by_the_rules(logits, sampling, drawing, whole_S))
+            by_rules_S = self._by_the_rules(logits, sampling, drawing, whole, whole_S)
+            tokens_C.index_copy_(0, whole_S, by_rules_S)
         asked = settings.asked
         if not len(asked):
             return tokens_C, []
@@ -75,10 +77,10 @@ class SplitDraw:
         return tokens_C, list(split_logprobs(parts, logits.rows(asked_S), tokens_C[asked_S], width))
 
     def _by_the_rules(
-        self, logits: SplitLogits, sampling: SlotSampling, drawing: Drawing, rows_S: Tensor
+        self, logits: SplitLogits, sampling: SlotSampling, drawing: Drawing, rows: Int64, rows_S: Tensor
     ) -> Tensor:
-        """Tokens of some rows by whole logits."""
-        parts, rows = self._parts, rows_S.cpu().numpy()
+        """Tokens of some ``rows`` by whole logits; ``rows_S``: these on the device."""
+        parts = self._parts
         logits_SV = logits.rows(rows_S).whole(parts.model.dtype)
         tokens_S = torch.zeros(len(rows), dtype=torch.int64, device=parts.device)
         if parts.samples:
