@@ -97,6 +97,7 @@ class CapturedSteps:
         clock, dispatcher.clock = dispatcher.clock, NoClock()
         try:
             for number, size in enumerate(reversed(self._sizes), start=1):
+                self._parts.tell(f"capturing {number} of {len(self._sizes)} sizes of steps")
                 self._capture(size)
                 facts = number, len(self._sizes), size, time.monotonic() - begin
                 _LOG.info("captured %d of %d steps: up to %d rows, after %.1f s", *facts)

@@ -101,6 +101,8 @@ class DeviceExecutor(Executor):
         except CollectiveError as error:
             self.end_epoch()
             raise StepAbandoned(str(error)) from error
+        finally:
+            self._parts.tell("")
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:

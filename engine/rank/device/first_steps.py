@@ -58,6 +58,7 @@ def compute_first_steps(parts: Parts, slots: DeviceSlots, forward: Forward, most
     clock, dispatcher.clock = dispatcher.clock, NoClock()  # times of compiling say nothing of steps
     try:
         for number, size in enumerate(sizes, start=1):
+            parts.tell(f"computing {number} of {len(sizes)} sizes of steps")
             for cached in (0, few):
                 hidden_TD = run([], _prompts(size, cached, max_len))
                 if parts.links.stage.last and size <= _MOST_DRAWN:
