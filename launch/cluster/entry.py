@@ -23,6 +23,7 @@ import msgspec
 from ...engine.protocol.lobby import Lobby
 from ...engine.protocol.specs import ControllerSpec, FrontendSpec, LobbySpec, RankSpec
 from ...parallel.recovery import SPENT_STATUS, ProcessSpent
+from ..environment import keep_triton_kernels
 from ..log_lines import log_to_stderr
 
 _log = logging.getLogger("lockstep.process")
@@ -75,6 +76,8 @@ def run(role: str, index: int, parent: int, read_spec: Callable[[], bytes]) -> N
         module, spec_type = ROLES[role]
         spec = msgspec.json.decode(read_spec(), type=spec_type)
         lobby = spec.lobby
+        if isinstance(spec, RankSpec) and spec.device != "cpu":
+            keep_triton_kernels()
         importlib.import_module(f"{__package__.partition('.')[0]}.{module}").main(spec)
     except SystemExit as leave:
         code = status_of(leave)
