@@ -17,7 +17,7 @@ RECIPE ?= demo.yaml
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$python; break; }; done)
 
-.PHONY: setup serve test test-all test-clients check bench-control bench-exchange bench-frontend bench-layouts bench-overlap bench-vllm bench-kernels card-wheels plan-anchors demo-eval clean
+.PHONY: setup serve test test-all test-compile test-clients check bench-control bench-exchange bench-frontend bench-layouts bench-overlap bench-vllm bench-kernels card-wheels plan-anchors demo-eval clean
 
 setup: $(STAMP)
 
@@ -58,6 +58,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
+
+# Compiles every Triton kernel for each kind of NVIDIA card, without one. Tests compile all for sm_90 and a few for others.
+test-compile: setup
+	LOCKSTEP_COMPILE=all $(BIN)/python -m pytest $(WORKERS) tests/kernels/triton/test_triton_compiles.py $(PYTEST_ARGS)
 
 # The packages that speak to the server, in environments of their own (tests/clients/job.py).
 test-clients: setup

@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..kernels.cpu.codegen.cache_folder import kept_folder
+
 RUN_MARK = "LOCKSTEP_RUN"
 
 _RAY = {
@@ -143,6 +145,15 @@ def nccl_settings(deadline: float) -> dict[str, str]:
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
         "TORCH_NCCL_NONBLOCKING_TIMEOUT": str(max(1, round(deadline))),
     }
+
+
+def keep_triton_kernels() -> None:
+    """Has Triton keep what it compiles in this process of a GPU in a folder that can be written,
+    found as that of CPU kernels is, unless the user names one. By default it is in the home
+    directory, and nothing can be compiled if that is read-only.
+    """
+    if not any(os.environ.get(name) for name in ("TRITON_CACHE_DIR", "TRITON_HOME")):
+        os.environ["TRITON_CACHE_DIR"] = kept_folder("triton")
 
 
 def tracing_settings() -> dict[str, str]:

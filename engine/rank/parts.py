@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,10 @@ from .grammars import Grammars
 from .page_pool import KVPool
 
 
+def _quiet(text: str) -> None:
+    """Tells nobody."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """Parts of an executor. The model's weights are loaded; ``begin_epoch`` builds the groups.
@@ -25,7 +30,8 @@ class Parts:
     the dispatcher gives away. ``samples``: whether this rank draws the tokens of its tensor group;
     the others take them over. ``expert_bytes`` are the weights of one expert of one layer.
     ``slots`` None: this rank has all experts. ``grammars`` None: no request may have one, or
-    another rank samples.
+    another rank samples. ``tell`` is called with what is computed or captured ahead of plans, and
+    with an empty text once plans are executed again.
     """
 
     rank: int
@@ -41,3 +47,4 @@ class Parts:
     expert_bytes: int = 0
     slots: ExpertSlots | None = None
     grammars: Grammars | None = None
+    tell: Callable[[str], None] = _quiet

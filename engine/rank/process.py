@@ -48,6 +48,7 @@ from .loop import RankLoop
 from .meeting_store import MeetingStore
 from .page_pool import KVPool, entries_of, fit_pages, room_for_weights
 from .parts import Parts
+from .progress import RankProgress
 from .pulse import Pulse
 from .sockets import RankSockets
 from .warm_up import Pages, warm_up
@@ -64,6 +65,7 @@ def main(spec: RankSpec) -> None:
     torch.set_num_threads(spec.threads)
     with Lobby(spec.lobby, "rank", spec.rank) as lobby:
         lobby.report("starting")
+        progress = RankProgress(lobby)
         if spec.device == "cpu":
             config = load_config(Path(spec.model_path))
             pages = Pages(parse_format(spec.kv_dtype), spec.page_size)
@@ -72,17 +74,13 @@ def main(spec: RankSpec) -> None:
                 _dtype(spec.dtype),
                 pages,
                 functools.partial(_alone, spec),
-                lambda what: lobby.report("compiling", what),
+                progress.tell,
             )
-        executor = load_executor(
-            spec,
-            lambda fraction: lobby.report("loading", fraction=fraction),
-            lambda: lobby.report("compiling", "steps of all sizes"),
-        )
+        executor = load_executor(spec, progress.loaded, progress.tell)
         sockets = RankSockets(spec, absence=spec.pause_deadline)
         try:
             hello = executor.hello()
-            lobby.report("ready", f"{hello.num_pages} pages of {hello.page_size} tokens")
+            progress.ready(f"{hello.num_pages} pages of {hello.page_size} tokens")
             loop = RankLoop(spec.rank, executor, sockets)
             cuts = executor.cut, executor.cut_overdue
             with Pulse(spec, loop, os._exit, *cuts):
@@ -94,19 +92,20 @@ def main(spec: RankSpec) -> None:
 
 
 def load_executor(
-    spec: RankSpec, progress: Callable[[float], None], rehearsing: Callable[[], None] = lambda: None
+    spec: RankSpec, progress: Callable[[float], None], tell: Callable[[str], None] = lambda text: None
 ) -> Executor:
     """Loads this rank's weights and allocates its memory: on a GPU pages take the rest, once steps
-    have been rehearsed. Raises ValueError when checkpoint, mesh or memory do not fit.
+    have been rehearsed. ``tell`` as in ``Parts``. Raises ValueError when checkpoint, mesh or memory
+    do not fit.
     """
     device = torch.device(spec.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of this thread, which launches everything
     config, parts = read_shape(Path(spec.model_path)), _load_parts(spec, progress)
+    parts = replace(parts, tell=tell)
     max_len = min(spec.max_len or config.max_position, config.max_position)
     claimed = _travelling(parts.dispatcher.placement, parts.expert_bytes) if spec.balance else 0
     if parts.device.type == "cuda":
-        rehearsing()
         claimed += rehearse(lambda: _device_executor(parts, spec, max_len), CudaMemory(parts.device))
     limits = PoolLimits(spec.kv_memory, spec.max_running * max_len, claimed)
     num_pages = fit_pages(parts.pool.page_bytes, spec.page_size, limits, spec.ranks_per_host, parts.device)

@@ -23,7 +23,7 @@ from ..formats.kv_format import head_entry, latent_entry
 from ..reference.column import Reference
 from ..reference.four_bit import SCALE_DTYPES, FourBit
 from ..reference.fp8 import Quantised, from_e4m3
-from ..reference.gate import GateCounts, Routing
+from ..reference.gate import Routing
 from ..reference.rope import HeadNorms, angles, frequencies
 from .attention import attention_cases
 from .call import PAGE_SIZE, Call, Case, random
@@ -235,13 +235,9 @@ def _gate(experts: int, rule: Routing, tokens: int) -> Make:
         x, weight = random(device, tokens, 2048), random(device, experts, 2048)
         weight = weight if device.type == "cuda" else weight.float()  # as models hold it
         bias = torch.zeros(experts, device=device) if rule.scoring == "sigmoid" else None
-        counts = GateCounts(
-            torch.full((1,), tokens, dtype=torch.int32, device=device),
-            torch.zeros(experts, dtype=torch.int64, device=device),
-        )
         flops = 2.0 * tokens * experts * 2048
         return Call(
-            lambda ops: lambda: ops.gate(x, weight, bias, rule, counts),
+            lambda ops: lambda: ops.gate(x, weight, bias, rule),
             tokens * 4096.0 + experts * 2048.0 * weight.itemsize,
             flops,
         )

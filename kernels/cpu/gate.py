@@ -17,7 +17,7 @@ from numba import njit
 from torch import Tensor
 
 from ..reference import gate as reference
-from ..reference.gate import GateCounts, Routing
+from ..reference.gate import Routing
 from .codegen.arrays import FAST, array, computes, exp, inner, widen
 from .codegen.threads import share_out
 
@@ -29,17 +29,14 @@ _BLOCK = 16
 _NO_BIAS = np.zeros(0, np.float32)
 
 
-def gate(
-    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing, counts: GateCounts | None = None
-) -> tuple[Tensor, Tensor]:
+def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
     """Same as ``gate.gate``. Ties go to the lower expert."""
     if not computes(x_TD.dtype):
-        return reference.gate(x_TD, weight_ED, bias_E, routing, counts)
+        return reference.gate(x_TD, weight_ED, bias_E, routing)
     x, weight, bias = array(x_TD), array(weight_ED), _NO_BIAS if bias_E is None else array(bias_E)
     ids, weights = np.empty((len(x), routing.top_k), np.int64), np.empty((len(x), routing.top_k), np.float32)
     route(x, weight, bias, *rule_of(routing), ids, weights)
-    ids_TK, weights_TK = torch.from_numpy(ids), torch.from_numpy(weights)
-    return (ids_TK, weights_TK) if counts is None else reference.leave_out_padding(ids_TK, weights_TK, counts)
+    return torch.from_numpy(ids), torch.from_numpy(weights)
 
 
 def rule_of(routing: Routing) -> tuple[tuple[int, int, bool], tuple[bool, bool, float, bool]]:

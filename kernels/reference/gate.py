@@ -5,8 +5,6 @@ Suffixes: T tokens, D hidden, E experts, G groups of experts, K experts per toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,36 +12,14 @@ from torch import Tensor
 from ..routing import Routing as Routing  # re-exported for callers of a gate
 
 
-@dataclass(frozen=True)
-class GateCounts:
-    """Extra inputs of a gate in a captured step. ``num_tokens`` int32 [1]: rows of x from there on
-    are padding, with ids of -1 and weights of 0. ``counts_E`` int64 is increased by the tokens of
-    each expert, without padding.
-    """
-
-    num_tokens: Tensor
-    counts_E: Tensor
-
-
-def gate(
-    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing, counts: GateCounts | None = None
-) -> tuple[Tensor, Tensor]:
+def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
     """Returns ids_TK int64, best first, and weights_TK float32.
 
     ``weight_ED`` is float32, or in the dtype of x: scores are sums in float32 either way, so they
     do not depend on the model's dtype. ``bias_E`` float32 affects only the selection; the weights
     come from the scores without it, unless it is the bias of the logits (``routing.logit_bias``).
     """
-    ids_TK, weights_TK = choose(F.linear(x_TD.float(), weight_ED.float()), bias_E, routing)
-    return (ids_TK, weights_TK) if counts is None else leave_out_padding(ids_TK, weights_TK, counts)
-
-
-def leave_out_padding(ids_TK: Tensor, weights_TK: Tensor, counts: GateCounts) -> tuple[Tensor, Tensor]:
-    """Applies ``counts`` to a choice of experts."""
-    padding_T1 = torch.arange(len(ids_TK), device=ids_TK.device)[:, None] >= counts.num_tokens
-    ids_TK, weights_TK = ids_TK.masked_fill(padding_T1, -1), weights_TK.masked_fill(padding_T1, 0.0)
-    counts.counts_E.add_(expert_counts(ids_TK, len(counts.counts_E)))
-    return ids_TK, weights_TK
+    return choose(F.linear(x_TD.float(), weight_ED.float()), bias_E, routing)
 
 
 def choose(logits_TE: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Triton column of ``gate``: the routing rule and the counts in one pass over the logits.
+"""Triton column of ``gate``: the routing rule in one pass over the logits.
 
 The library computes the product with the gate's weights: it is float32, E is small, and a small
 batch needs it split over the hidden dim. Roofline of the kernel: memory, T x (4 E read + 12 K
@@ -15,15 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.gate import GateCounts, Routing
+from ..reference.gate import Routing
 from .target import interpreted, power_of_two
 
 
-def gate(
-    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing, counts: GateCounts | None = None
-) -> tuple[Tensor, Tensor]:
+def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
     """Same as ``gate.gate``. Ties go to the lower expert."""
-    return choose(_logits(x_TD, weight_ED), bias_E, routing, counts)
+    return choose(_logits(x_TD, weight_ED), bias_E, routing)
 
 
 def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -38,10 +36,8 @@ def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
 
 
-def choose(
-    logits_TE: Tensor, bias_E: Tensor | None, routing: Routing, counts: GateCounts | None = None
-) -> tuple[Tensor, Tensor]:
-    """Same as ``gate.choose``, with the counts."""
+def choose(logits_TE: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Same as ``gate.choose``."""
     num_tokens, num_experts = logits_TE.shape
     assert num_experts % routing.num_groups == 0, f"{num_experts} experts in {routing.num_groups} groups"
     assert logits_TE.dtype == torch.float32 and logits_TE.stride(1) == 1
@@ -54,8 +50,6 @@ def choose(
             bias_E if bias_E is not None else logits_TE,
             ids_TK,
             weights_TK,
-            counts.num_tokens if counts is not None else ids_TK,
-            counts.counts_E if counts is not None else ids_TK,
             routing.scale,
             E=num_experts,
             E_PAD=power_of_two(num_experts),
@@ -69,7 +63,6 @@ def choose(
             NORMALISE=routing.normalise,
             BIAS=bias_E is not None,
             LOGIT_BIAS=bias_E is not None and routing.logit_bias,
-            COUNT=counts is not None,
             num_warps=1 if num_experts <= 128 else 2,
         )
     return ids_TK, weights_TK
@@ -82,8 +75,6 @@ def _choose_kernel(
     bias_ptr,
     ids_ptr,
     weights_ptr,
-    num_tokens_ptr,
-    counts_ptr,
     scale,
     E: tl.constexpr,
     E_PAD: tl.constexpr,
@@ -97,18 +88,13 @@ def _choose_kernel(
     NORMALISE: tl.constexpr,
     BIAS: tl.constexpr,
     LOGIT_BIAS: tl.constexpr,
-    COUNT: tl.constexpr,
 ):
     """One token per program."""
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, E_PAD)
     inside = expert < E
     never = float("-inf")
-    real = token >= 0
-    if COUNT:
-        real = token < tl.load(num_tokens_ptr)
-    read = tl.where(real, E, 0)
-    logits = tl.load(logits_ptr + token * logits_stride + expert, mask=expert < read, other=0.0)
+    logits = tl.load(logits_ptr + token * logits_stride + expert, mask=inside, other=0.0)
     if LOGIT_BIAS:
         logits += tl.load(bias_ptr + expert, mask=inside, other=0.0)
     logits = tl.where(inside, logits, never)
@@ -152,9 +138,5 @@ def _choose_kernel(
         weights = weights / tl.maximum(tl.sum(weights, 0), 1e-20)
     weights = weights * scale
 
-    if COUNT:
-        ids = tl.where(real, ids, -1)
-        weights = tl.where(real, weights, 0.0)
-        tl.atomic_add(counts_ptr + ids, (ids >= 0).to(tl.int64), mask=(ids >= 0) & (k < K), sem="relaxed")
     tl.store(ids_ptr + token * K + k, ids.to(tl.int64), mask=k < K)
     tl.store(weights_ptr + token * K + k, weights, mask=k < K)

@@ -24,6 +24,7 @@ import msgspec
 from ...engine.protocol.lobby import Lobby
 from ...engine.protocol.specs import ControllerSpec, FrontendSpec, LobbySpec, RankSpec
 from ...parallel.recovery import SPENT_STATUS, ProcessSpent
+from ..environment import keep_triton_kernels
 from ..log_lines import log_to_stderr
 
 _log = logging.getLogger("lockstep.process")
@@ -76,6 +77,8 @@ def run(role: str, index: int, parent: int, read_spec: Callable[[], bytes]) -> N
         module, spec_type = ROLES[role]
         spec = msgspec.json.decode(read_spec(), type=spec_type)
         lobby = spec.lobby
+        if isinstance(spec, RankSpec) and spec.device != "cpu":
+            keep_triton_kernels()
         gc.disable()  # all that imports make stays: a tenth of their time would go into looks at it
         main = importlib.import_module(f"{__package__.partition('.')[0]}.{module}").main
         gc.freeze()

@@ -28,6 +28,11 @@ _Rdma = typer.Option(metavar="RESOURCE=COUNT", help="RDMA devices, such as rdma/
 _Claim = typer.Option(
     metavar="CLAIM[/FOLDER]", help="PersistentVolumeClaim with the model. Default: model.path on the nodes."
 )
+_Kernels = typer.Option(
+    metavar="CLAIM[/FOLDER]",
+    help="PersistentVolumeClaim for compiled kernels, ReadWriteMany where there are several pods. "
+    "Default: they live as long as the pod.",
+)
 _Selector = typer.Option(metavar="LABEL=VALUE", help="Nodes that may be used; may be repeated.")
 _Prometheus = typer.Option(help="Prometheus that KEDA asks.")
 _Picker = typer.Option(help="Service of an endpoint picker; prints an InferencePool for it.")
@@ -51,6 +56,7 @@ def kubernetes(
     gpu_resource: Annotated[str, _Gpu] = "nvidia.com/gpu",
     rdma: Annotated[list[str] | None, _Rdma] = None,
     model_claim: Annotated[_Text, _Claim] = None,
+    kernel_claim: Annotated[_Text, _Kernels] = None,
     node_selector: Annotated[list[str] | None, _Selector] = None,
     prometheus: Annotated[str, _Prometheus] = "http://prometheus-operated.monitoring.svc:9090",
     endpoint_picker: Annotated[_Text, _Picker] = None,

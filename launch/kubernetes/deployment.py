@@ -40,6 +40,7 @@ class DeploymentOptions:
     gpu_resource: str = "nvidia.com/gpu"
     rdma: tuple[str, ...] = ()
     model_claim: str | None = None
+    kernel_claim: str | None = None
     node_selector: tuple[str, ...] = ()
     prometheus: str = "http://prometheus-operated.monitoring.svc:9090"
     endpoint_picker: str | None = None

@@ -12,6 +12,7 @@ from .deployment import LEAVING_SECONDS, Deployment
 RAY_PORT = 6379
 RECIPE_FOLDER = "/etc/lockstep"
 _LOG_FOLDER = "/var/log/lockstep"
+_KERNEL_FOLDER = "/var/cache/lockstep"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _WORKER = "python3 -P -m lockstep.launch.kubernetes.worker"
 _PROBE_SECONDS = 5
@@ -119,6 +120,8 @@ def _container(deployment: Deployment, script: str, num_beside: int) -> dict[str
 def _environment(deployment: Deployment) -> list[dict[str, Any]]:
     env: list[dict[str, Any]] = [
         {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+        {"name": "NUMBA_CACHE_DIR", "value": _KERNEL_FOLDER},
+        {"name": "TRITON_CACHE_DIR", "value": f"{_KERNEL_FOLDER}/triton"},
         *({"name": name, "value": value} for name, value in ray_settings().items()),
     ]
     if deployment.num_pods > 1 and not deployment.options.kuberay:  # KubeRay makes a token of its own
@@ -145,26 +148,39 @@ def _resources(deployment: Deployment, num_beside: int) -> dict[str, Any]:
 
 
 def _volumes(deployment: Deployment) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(mount, volume) of shared memory, logs, model and recipe."""
-    shm = deployment.options.shm or ("16Gi" if deployment.gpus else "2Gi")
+    """(mount, volume) of shared memory, logs, compiled kernels, model and recipe."""
+    options = deployment.options
+    shm = options.shm or ("16Gi" if deployment.gpus else "2Gi")
     found: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"mountPath": "/dev/shm"}, {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shm}}),
         ({"mountPath": _LOG_FOLDER}, {"name": "logs", "emptyDir": {}}),
     ]
+    mount: dict[str, Any] = {"mountPath": _KERNEL_FOLDER}
+    if options.kernel_claim is None:
+        found.append((mount, {"name": "kernels", "emptyDir": {}}))
+    else:
+        found.append(_claimed("kernels", mount, options.kernel_claim))
     if deployment.model_path is not None:
-        path, claim = str(deployment.model_path), deployment.options.model_claim
-        volume: dict[str, Any] = {"name": "model", "hostPath": {"path": path, "type": "Directory"}}
-        mount: dict[str, Any] = {"mountPath": path, "readOnly": True}
-        if claim is not None:
-            name, _, folder = claim.partition("/")
-            mount |= {"subPath": folder} if folder else {}
-            volume = {"name": "model", "persistentVolumeClaim": {"claimName": name, "readOnly": True}}
-        found.append((mount, volume))
+        path = str(deployment.model_path)
+        mount = {"mountPath": path, "readOnly": True}
+        if options.model_claim is None:
+            found.append((mount, {"name": "model", "hostPath": {"path": path, "type": "Directory"}}))
+        else:
+            found.append(_claimed("model", mount, options.model_claim))
     if deployment.recipe_text is not None:
         source = f"{deployment.name}-recipe"
         kind = {"secret": {"secretName": source}} if deployment.has_keys else {"configMap": {"name": source}}
         found.append(({"mountPath": RECIPE_FOLDER, "readOnly": True}, {"name": "recipe", **kind}))
     return [({"name": volume["name"], **mount}, volume) for mount, volume in found]
+
+
+def _claimed(name: str, mount: dict[str, Any], claim: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(mount, volume) of CLAIM[/FOLDER]."""
+    claim_name, _, folder = claim.partition("/")
+    source: dict[str, Any] = {"claimName": claim_name}
+    if mount.get("readOnly"):
+        source["readOnly"] = True
+    return mount | ({"subPath": folder} if folder else {}), {"name": name, "persistentVolumeClaim": source}
 
 
 def _pod(deployment: Deployment, container: dict[str, Any], component: str) -> dict[str, Any]:

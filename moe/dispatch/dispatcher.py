@@ -62,18 +62,13 @@ class Dispatcher(Protocol):
     def placement(self) -> Placement: ...
 
     @property
-    def num_tables(self) -> int:
-        """How often tables that steps read were made anew: a captured step reads those it knew."""
-        ...
-
-    @property
     def counts_LS(self) -> Tensor:
         """int64 on the device: tokens met by every own slot since it was last zeroed."""
         ...
 
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
-        """Experts of ``layers`` have moved, between two steps: ``placement`` is that of all
-        layers.
+        """Experts of ``layers`` have moved, between two steps: ``placement`` is that of all layers.
+        Tables of a device keep their addresses, which captured steps know.
         """
         ...
 

@@ -40,11 +40,6 @@ class Exchange(Protocol):
     @property
     def placement(self) -> Placement: ...
 
-    @property
-    def num_tables(self) -> int:
-        """As ``Dispatcher.num_tables``."""
-        ...
-
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
         """As ``Dispatcher.place``."""
         ...
@@ -101,10 +96,6 @@ class ExchangeDispatcher:
     @property
     def placement(self) -> Placement:
         return self._exchange.placement
-
-    @property
-    def num_tables(self) -> int:
-        return self._exchange.num_tables
 
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
         self._exchange.place(placement, layers)

@@ -22,8 +22,6 @@ from .dispatcher import RoutedExperts, padding_of, zero_counts
 class LocalDispatcher:
     """All experts are on this rank. A layer is one sublayer; all of its time is the experts'."""
 
-    num_tables = 1
-
     def __init__(self, placement: Placement, device: torch.device, clock: PhaseClock | None = None) -> None:
         assert placement.num_ranks == 1, f"{placement.num_ranks} ranks, local dispatch serves 1"
         self.placement = placement

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..balance.placement import Placement
-from ..balance.routes import places_by_turn
+from ..balance.routes import TURNS, places_by_turn
 
 
 class ReplicaChoice:
@@ -21,8 +21,8 @@ class ReplicaChoice:
 
     ``source``: this rank among those of the placement. Tables are arrays, or tensors on ``device``
     if given; so are ids and places then, and the turns of every step begin with the first: a
-    captured step can be told of no other. ``num_tables``: how often tables were made, each at an
-    address of its own.
+    captured step can be told of no other. There the table keeps its address, which captured
+    steps know, and has all turns from the start if there is room for replicas.
     """
 
     def __init__(
@@ -33,24 +33,24 @@ class ReplicaChoice:
         device: torch.device | None = None,
     ) -> None:
         self._source, self._node_W, self._device = source, node_W, device
-        self.num_tables = 0
         self._next = 0
         self._turns_T1: Any = None
+        room = placement.num_ranks * placement.num_slots > placement.num_experts
+        self._least_turns = TURNS if device is not None and room else 1
         self._num_turns = 0
         self._places: Any = None
         self.place(placement, range(placement.num_layers))
 
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
-        """The placement of ``layers`` has changed, between two steps. The table keeps its address
-        unless there are replicas for the first time.
-        """
+        """The placement of ``layers`` has changed, between two steps."""
         part = Placement(placement.experts_LWS[list(layers)], placement.num_experts)
         places_LEC = places_by_turn(part, self._source, self._node_W)
         if self._places is None or places_LEC.shape[2] > self._num_turns:
+            assert self._places is None or self._device is None, "replicas without room for them"
             whole_LEC = places_by_turn(placement, self._source, self._node_W)
-            self._num_turns = whole_LEC.shape[2]
-            self._places = self._table(whole_LEC if self._num_turns > 1 else whole_LEC[:, :, 0])
-            self.num_tables += 1
+            self._num_turns = max(whole_LEC.shape[2], self._least_turns)
+            whole = np.broadcast_to(whole_LEC, (*whole_LEC.shape[:2], self._num_turns))
+            self._places = self._table(whole if self._num_turns > 1 else whole[:, :, 0])
         else:
             changed = np.broadcast_to(places_LEC, (*places_LEC.shape[:2], self._num_turns))
             self._places[list(layers)] = self._table(changed if self._num_turns > 1 else changed[:, :, 0])
@@ -84,10 +84,6 @@ class PlacedExchange:
         assert placement.num_ranks == size, f"placement for {placement.num_ranks} ranks, {size} in the group"
         self.placement = placement
         self._choice = choice
-
-    @property
-    def num_tables(self) -> int:
-        return self._choice.num_tables
 
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
         self.placement = placement

@@ -64,18 +64,11 @@ class CapturedSteps:
         self._most_drawn = bucket_over(len(forward.history_i32))
         most = largest_captured(len(forward.history_i32), most_tokens) if is_whole else 0
         self._sizes = tuple(size for size in BUCKETS if 0 < size <= most)
-        self._num_tables, self._void = parts.dispatcher.num_tables, False
 
     def repeats(self, header: Header, rows: Rows) -> bool:
         """Whether the layers of a step are a recording. Ranks need not find the same: what travels
-        is the same. Where experts get replicas for the first time in an epoch, recordings are void.
+        is the same.
         """
-        if self._sizes and self._parts.dispatcher.num_tables != self._num_tables:
-            _LOG.warning("experts have replicas now: no step is a captured one in this epoch")
-            self._num_tables = self._parts.dispatcher.num_tables
-            self._void = True
-        if self._void:
-            return False
         if header.microbatches > 1 or header.trace or header.capacity not in self._sizes:
             return False
         starts, ends = rows.starts[rows.num_decode :], rows.ends[rows.num_decode :]
@@ -92,11 +85,11 @@ class CapturedSteps:
         if not self._sizes or (self._graphs.num_recorded and self._parts.groups.alone):
             return
         self.forget()
-        self._num_tables, self._void = self._parts.dispatcher.num_tables, False
         begin, dispatcher = time.monotonic(), self._parts.dispatcher
         clock, dispatcher.clock = dispatcher.clock, NoClock()
         try:
             for number, size in enumerate(reversed(self._sizes), start=1):
+                self._parts.tell(f"capturing {number} of {len(self._sizes)} sizes of steps")
                 self._capture(size)
                 facts = number, len(self._sizes), size, time.monotonic() - begin
                 _LOG.info("captured %d of %d steps: up to %d rows, after %.1f s", *facts)

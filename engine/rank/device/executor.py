@@ -107,6 +107,8 @@ class DeviceExecutor(Executor):
             self._parts.groups.check()
         except CollectiveError as error:
             raise self._abandoned(error) from error
+        finally:
+            self._parts.tell("")
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
@@ -139,11 +141,11 @@ class DeviceExecutor(Executor):
         with self._guarded:
             try:
                 oldest = self._under_way[0]
-                overdue = self._is_overdue(oldest) and not oldest.fetched.arrived
+                overdue = oldest.is_overdue(self._deadline) and not oldest.fetched.arrived
             except (IndexError, RuntimeError):  # none, or the device failed: its own thread hears of it
                 return
         if overdue and not groups.cut_off:
-            groups.cut(oldest.plan.header.epoch, self._lateness(oldest))
+            groups.cut(oldest.plan.header.epoch, oldest.lateness(self._deadline))
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> None:
@@ -160,18 +162,9 @@ class DeviceExecutor(Executor):
                     self._finish()
                 except CollectiveError as error:
                     raise self._abandoned(error) from error
-            elif self._is_overdue(oldest):
-                raise self._abandoned(CollectiveError(self._lateness(oldest)))
+            elif oldest.is_overdue(self._deadline):
+                raise self._abandoned(CollectiveError(oldest.lateness(self._deadline)))
         return super().take()
-
-    def _is_overdue(self, step: UnderWay) -> bool:
-        """Whether a step had its time, unless it has ended. Compiling and capturing are no part of
-        it: they come before it is handed over.
-        """
-        return time.monotonic() - step.since > self._deadline
-
-    def _lateness(self, step: UnderWay) -> str:
-        return f"step {step.plan.header.step} has not ended after {self._deadline:g} s"
 
     def _abandoned(self, error: CollectiveError) -> StepAbandoned:
         """Leaves the epoch. A group that was cut off fails in any call: then the reason is that of

@@ -1,23 +1,28 @@
-"""The first steps of a rank on a GPU: prompts of all sizes, so that no later step has to compile a
-kernel: of the model, of sampling, or for what only some requests ask (penalties, grammars,
-log-probabilities). A rank computes them in its rehearsal. They take as much memory as any step:
-the largest prompt comes once more, after others, and all slots draw.
+"""The first steps of a rank on a GPU: of all sizes, so that no later step has to compile a kernel:
+of the model, of sampling, or for what only some requests ask (penalties, grammars,
+log-probabilities). A rank computes them in its rehearsal. They take as much memory as any step: the
+largest prompt comes once more, after others, and all slots draw.
 
-A kernel is compiled for each tile, and tiles go by the number of rows or pairs. Prompts are
-computed in powers of two up to the most that a step may have, with and without cached tokens.
-Compiled kernels are kept on disk: later starts, and ranks that join later, load them.
+A kernel is compiled for each tile, and tiles go by the number of rows or pairs. Steps have powers
+of two of tokens, up to the most that a step may have, with and without tokens in the cache. A row
+that decodes splits its keys in more parts the longer it is. Nothing is left to captures: stages of
+pipelines have none, nor have steps of two microbatches. Compiled kernels are kept on disk: later
+starts, and ranks that join later, load them.
 
-T tokens  C rows that sample
+R rows  T tokens  C rows that sample
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ....moe.clock import NoClock
@@ -35,28 +40,41 @@ from .under_way import Drawing
 
 _LOG = logging.getLogger(__name__)
 
-_CACHED = (0, 64)  # tokens before the prompt
+_CACHED = 64  # tokens before a prompt
 _STRIDE, _RANK_STRIDE = 7919, 104729  # primes: tokens that differ, so that routing spreads them
 _MOST_DRAWN = 64
 _UPLOADED = 1 << 12  # bytes
 _LONG = 3  # times the largest prompt, before it
+_UNSPLIT = 256  # keys of a row that decodes, which one program reads
+_FEW = 64  # rows for which attention has lanes in any step
+
+_Prompt = tuple[int, int]  # tokens before it, and its own
 
 
 def compute_first_steps(parts: Parts, slots: DeviceSlots, forward: Forward, most: int, max_len: int) -> None:
-    """Computes prompts of up to ``most`` tokens in a slot that nothing reads."""
+    """Computes steps of up to ``most`` tokens, with rows of up to ``max_len``, in a slot that
+    nothing reads.
+    """
     begin, dispatcher = time.monotonic(), parts.dispatcher
-    most = min(most, max_len - max(_CACHED))
-    sizes = list(_sizes(most))
+    run = functools.partial(_run, parts, slots, forward)
+    sizes, few = list(_sizes(most)), min(_CACHED, max_len // 2)
     clock, dispatcher.clock = dispatcher.clock, NoClock()  # times of compiling say nothing of steps
     try:
         for number, size in enumerate(sizes, start=1):
-            for cached in _CACHED:
-                hidden_TD = _prompt(parts, slots, forward, size, cached)
+            parts.tell(f"computing {number} of {len(sizes)} sizes of steps")
+            for cached in (0, few):
+                hidden_TD = run([], _prompts(size, cached, max_len))
                 if parts.links.stage.last and size <= _MOST_DRAWN:
                     _draw(parts, hidden_TD, max_len)
             facts = number, len(sizes), size, time.monotonic() - begin
             _LOG.info("computed %d of %d first steps: %d tokens, after %.1f s", *facts)
-        hidden_TD = _prompt(parts, slots, forward, most, min(_LONG * most, max_len - most))
+        for length in _lengths(max_len):
+            run([length], [])
+        run([max_len, *[1] * (min(most, slots.scratch) - 1)], [])
+        for prompts in _many_prompts(min(most, slots.scratch), most, max_len):
+            run([], prompts)
+        longest = min(most, max_len - few)
+        hidden_TD = run([], _prompts(most, min(_LONG * longest, max_len - longest), max_len))
         if parts.links.stage.last:
             _draw(parts, hidden_TD[: slots.scratch], max_len)
     finally:
@@ -74,25 +92,58 @@ def _sizes(most: int) -> Iterator[int]:
         size *= 2
 
 
-def _prompt(parts: Parts, slots: DeviceSlots, forward: Forward, size: int, cached: int) -> Tensor:
+def _lengths(max_len: int) -> Iterator[int]:
+    """Lengths whose keys are split in one part, and in more and more."""
+    yield 1
+    length = _UNSPLIT
+    while length < max_len:
+        yield length
+        length *= 2
+    yield max_len
+
+
+def _prompts(size: int, cached: int, max_len: int) -> list[_Prompt]:
+    """Prompts of ``size`` tokens together, as long as ``max_len`` allows behind ``cached``."""
+    longest = max_len - cached
+    return [(cached, min(longest, size - begin)) for begin in range(0, size, longest)]
+
+
+def _many_prompts(most_rows: int, most: int, max_len: int) -> Iterator[list[_Prompt]]:
+    """Short prompts in more and more rows with a long one, without and with tokens before it."""
+    num_rows = _FEW
+    while num_rows < most_rows:
+        num_rows = min(2 * num_rows, most_rows)
+        own = min(most - num_rows + 1, max_len // 2)
+        for cached in (0, min(_LONG * own, max_len - own)):
+            yield [*[(0, 1)] * (num_rows - 1), (cached, own)]
+
+
+def _run(
+    parts: Parts, slots: DeviceSlots, forward: Forward, decode: Sequence[int], prompts: Sequence[_Prompt]
+) -> Tensor:
+    """Hidden states [T, D] of a step: rows that decode, by their lengths after it, and prompts."""
     device, config = parts.device, parts.model.config
+    starts = np.array([length - 1 for length in decode] + [cached for cached, _ in prompts])
+    counts = np.array([1] * len(decode) + [own for _, own in prompts])
+    size, lengths = int(counts.sum()), (starts + counts).astype(np.int32)
+    query_start = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
     tokens = (np.arange(size) * _STRIDE + parts.rank * _RANK_STRIDE) % config.vocab_size
 
-    def sent(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
+    def sent(array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(device)
 
     lane = Lane(
-        num_decode=0,
-        slots_R=sent(slots.scratch),
-        starts_R=sent(cached),
-        lengths_R=sent(cached + size, dtype=torch.int32),
-        query_start_R1=sent(0, size, dtype=torch.int32),
-        owners_T=torch.zeros(size, dtype=torch.int64, device=device),
-        given_T=torch.from_numpy(tokens).to(device),
-        query_starts=(0, size),
-        lengths=(cached + size,),
+        num_decode=len(decode),
+        slots_R=sent(np.full(len(counts), slots.scratch)),
+        starts_R=sent(starts),
+        lengths_R=sent(lengths),
+        query_start_R1=sent(query_start),
+        owners_T=sent(np.repeat(np.arange(len(counts)), counts)),
+        given_T=sent(tokens),
+        query_starts=tuple(query_start.tolist()),
+        lengths=tuple(lengths.tolist()),
     )
-    tokens_T, positions_T, batch = slots.inputs(lane, -(-(cached + size) // parts.pool.page_size))
+    tokens_T, positions_T, batch = slots.inputs(lane, -(-int(lengths.max()) // parts.pool.page_size))
     forward.announce(size, bucket_over(size))
     inputs = tokens_T
     if not parts.links.stage.first:

@@ -5,6 +5,7 @@ Suffixes: C rows that draw.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from ...protocol.arrays import Int64
@@ -59,3 +60,12 @@ class UnderWay:
     waited: float
     stalled: float
     spans: StepSpans | None = None
+
+    def is_overdue(self, deadline: float) -> bool:
+        """Whether ``deadline`` seconds have passed since the step was handed over. Compiling and
+        capturing are no part of them: they come before.
+        """
+        return time.monotonic() - self.since > deadline
+
+    def lateness(self, deadline: float) -> str:
+        return f"step {self.plan.header.step} has not ended after {deadline:g} s"

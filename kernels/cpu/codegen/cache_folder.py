@@ -25,7 +25,11 @@ def cache_folder(sources: Path, chosen: str, version: str) -> str:
     """
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources.rglob("*.py"))))
     digest.update(version.encode())
-    name = f"numba-{digest.hexdigest()[:16]}"
+    return kept_folder(f"numba-{digest.hexdigest()[:16]}", chosen)
+
+
+def kept_folder(name: str, chosen: str = "") -> str:
+    """``name`` in the first usable place, as for ``cache_folder``."""
     places = list(_places(chosen))
     for place in places:
         if locks_work(place / name):

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from lockstep.engine.protocol.bulk import Preload, Preloaded, RankHello
+from lockstep.engine.protocol.lobby import Lobby
 from lockstep.engine.protocol.message import Stop
 from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
 from lockstep.engine.rank.process import load_executor
+from lockstep.engine.rank.progress import RankProgress
 from lockstep.parallel.mesh import Mesh
 from support.engine.models.checkpoints import qwen3_moe_config, write_checkpoint
 from support.engine.rank.hand_plans import GREEDY, Driver, Request, build_executor
@@ -116,3 +118,22 @@ def test_a_rank_launches_on_its_own_gpu(controller: MockController, monkeypatch:
     with pytest.raises(ValueError, match="/nowhere: not a directory"):
         load_executor(spec, lambda fraction: None)
     assert chosen == [torch.device("cuda:3")], "before it loads anything"
+
+
+def test_a_rank_that_captures_in_an_epoch_is_ready_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher hears of each size that is computed or captured."""
+    heard: list[tuple[str, str]] = []
+    with Lobby(None, "rank", 0) as lobby:
+        monkeypatch.setattr(lobby, "report", lambda phase, detail="": heard.append((phase, detail)))
+        progress = RankProgress(lobby)
+        progress.tell("computing 1 of 2 sizes of steps")
+        progress.tell("capturing 1 of 1 sizes of steps")
+        progress.ready("9 pages")
+        assert [phase for phase, _ in heard] == ["compiling", "compiling", "ready"]
+        heard.clear()
+        progress.tell("")
+        assert not heard, "an epoch without captures"
+        for text in ("capturing 1 of 2 sizes of steps", "capturing 2 of 2 sizes of steps", ""):
+            progress.tell(text)
+    told = [("compiling", f"capturing {number} of 2 sizes of steps") for number in (1, 2)]
+    assert heard == [*told, ("ready", "9 pages")]

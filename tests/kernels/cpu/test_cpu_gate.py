@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lockstep.kernels.cpu import gate as cpu_gate
 from lockstep.kernels.reference import gate as reference
-from lockstep.kernels.reference.gate import GateCounts, Routing
+from lockstep.kernels.reference.gate import Routing
 from support.grids import pairwise
 
 # Experts, rule. A number of experts that is not a multiple of four takes another product.
@@ -91,11 +91,3 @@ def test_no_tokens(name: str) -> None:
     num_experts, rule = RULES[name]
     ids, weights = cpu_gate.gate(torch.zeros(0, 8), torch.zeros(num_experts, 8), None, rule)
     assert ids.shape == weights.shape == (0, rule.top_k)
-
-
-def test_counts_leave_padding_out() -> None:
-    x, weight, _ = _inputs(16, torch.float32, tokens=9)
-    counts = GateCounts(torch.tensor([5], dtype=torch.int32), torch.zeros(16, dtype=torch.int64))
-    ids, weights = cpu_gate.gate(x, weight, None, Routing(top_k=2), counts)
-    assert (ids[5:] == -1).all() and (weights[5:] == 0).all()
-    assert torch.equal(counts.counts_E, reference.expert_counts(ids[:5], 16)) and counts.counts_E.sum() == 10

@@ -65,7 +65,7 @@ def own_recipe(folder: Path, *lines: str) -> str:
 @pytest.mark.parametrize("shape", [(), CUDA, ("cluster.nodes=1",), ("--spare=1",)])
 def test_kubernetes_knows_every_field(shape: tuple[str, ...], kuberay: tuple[str, ...]) -> None:
     given = (*shape, *kuberay, *(ALL[1:] if kuberay else ALL))
-    found = documents(*given, "--memory=64Gi", "--model-claim=models")
+    found = documents(*given, "--memory=64Gi", "--model-claim=models", "--kernel-claim=kernels/mine")
     version = kubernetes_validate.latest_version()
     for component, template in templates(found).items():
         pod = {"apiVersion": "v1", "kind": "Pod", **template}
@@ -128,6 +128,24 @@ def test_gpus_rdma_memory_and_the_model_come_from_recipe_and_options(tmp_path: P
     assert {"subPath": "mine"}.items() <= {
         name: value for mount in container(claimed)["volumeMounts"] for name, value in mount.items()
     }.items()
+
+
+def test_compiled_kernels_outlive_the_container_and_with_a_claim_the_pod() -> None:
+    for given, source in (
+        ((), {"emptyDir": {}}),
+        (("--kernel-claim=kernels/mine",), {"persistentVolumeClaim": {"claimName": "kernels"}}),
+    ):
+        found = documents(*given)
+        for component, template in templates(found).items():
+            assert {"name": "kernels", **source} in template["spec"]["volumes"]
+            [mount] = [
+                each for each in container(found, component)["volumeMounts"] if each["name"] == "kernels"
+            ]
+            folder = mount.pop("mountPath")
+            assert mount == {"name": "kernels"} | ({"subPath": "mine"} if given else {})
+            names = {entry["name"]: entry.get("value") for entry in container(found, component)["env"]}
+            assert names["NUMBA_CACHE_DIR"] == folder
+            assert names["TRITON_CACHE_DIR"] == f"{folder}/triton"
 
 
 def test_a_recipe_with_keys_is_a_secret_and_no_key_stands_in_a_command(tmp_path: Path) -> None:

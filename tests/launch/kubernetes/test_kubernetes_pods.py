@@ -38,6 +38,7 @@ class Pod:
             container["lifecycle"]["preStop"]["exec"]["command"],
         )
         own = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
+        own = {name: value for name, value in own.items() if not name.endswith("_CACHE_DIR")}  # volumes
         referred = {entry["name"] for entry in container["env"] if "valueFrom" in entry}
         assert referred <= given.keys() | {"POD_IP"}
         self.environment = os.environ | own | given | {"POD_IP": host.address}

@@ -162,19 +162,37 @@ def test_replicas_share_the_tokens_of_their_expert() -> None:
         assert counts == [[60, 60], [60, 60]], f"{kind}: tokens by rank and layer"
 
 
-def test_tables_keep_their_place_until_experts_have_replicas_for_the_first_time() -> None:
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_tables_on_a_device_keep_their_place_when_experts_get_replicas(device: torch.device | None) -> None:
+    """Captured steps read them. Arrays are made anew at the first replicas."""
     plain = np.array([[[0, 1], [2, -1]], [[0, 1], [2, -1]]], np.int32)
     moved, replicas = plain.copy(), plain.copy()
     moved[0] = [[1, 0], [2, -1]]
     replicas[1, 1, 1] = 0
-    choice = ReplicaChoice(Placement(plain, 3), 0, device=torch.device("cpu"))
-    assert choice.num_tables == 1
+    choice = ReplicaChoice(Placement(plain, 3), 0, device=device)
+    table, ids = choice._places, np.array([[0, 1], [0, 2]])
+
+    def places(layer: int) -> list[list[int]]:
+        choice.begin_step(2)
+        found = choice.places_TK(ids if device is None else torch.from_numpy(ids), layer)
+        return np.asarray(found).tolist()
+
+    assert places(0) == places(1) == [[0, 1], [0, 2]]
     choice.place(Placement(moved, 3), [0])
-    assert choice.num_tables == 1
+    assert places(0) == [[1, 0], [1, 2]] and choice._places is table
     choice.place(Placement(replicas, 3), [1])
-    assert choice.num_tables == 2
+    mine = ReplicaChoice(Placement(replicas, 3), 0, device=device)
+    mine.begin_step(2)
+    wanted = mine.places_TK(ids if device is None else torch.from_numpy(ids), 1)
+    assert places(1) == np.asarray(wanted).tolist()
+    assert (choice._places is table) == (device is not None)
     choice.place(Placement(plain, 3), [1])
-    assert choice.num_tables == 2
+    assert places(1) == [[0, 1], [0, 2]]
+
+
+def test_tables_without_room_for_replicas_have_one_turn() -> None:
+    full = Placement(np.array([[[0, 1], [2, 3]]], np.int32), 4)
+    assert ReplicaChoice(full, 0, device=torch.device("cpu"))._places.shape == (1, 4)
 
 
 def test_consecutive_tokens_and_steps_take_turns() -> None:

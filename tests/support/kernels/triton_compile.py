@@ -36,7 +36,7 @@ from lockstep.kernels.reference.attention import AttentionRule
 from lockstep.kernels.reference.experts import ExpertForm
 from lockstep.kernels.reference.four_bit import SCALE_DTYPES, FourBit
 from lockstep.kernels.reference.fp8 import Quantised
-from lockstep.kernels.reference.gate import GateCounts, Routing
+from lockstep.kernels.reference.gate import Routing
 from lockstep.kernels.reference.indexer import IndexNorm
 from lockstep.kernels.reference.paged import PagedBatch
 from lockstep.kernels.reference.rope import Angles
@@ -126,8 +126,7 @@ def gates() -> None:
     v2 = Routing(6, normalise=False, scale=16.0, num_groups=8, top_groups=3, group_quality="best")
     for num_experts, routing in ((128, Routing(8)), (256, Routing(8, "sigmoid", True, 2.5, 8, 4)), (160, v2)):
         bias = torch.zeros(num_experts) if routing.scoring == "sigmoid" else None
-        counts = GateCounts(torch.zeros(1, dtype=torch.int32), int64(num_experts))
-        triton_gate.choose(torch.zeros(4, num_experts), bias, routing, counts)
+        triton_gate.choose(torch.zeros(4, num_experts), bias, routing)
     triton_gate.choose(torch.zeros(4, 128), torch.zeros(128), Routing(4, logit_bias=True))
 
 

@@ -167,20 +167,6 @@ def test_rows_of_which_the_host_needs_tokens_wait_for_them(
     assert begun == [1] * len(plans)
 
 
-def test_recordings_are_void_where_experts_get_replicas(
-    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = checkpoints["qwen3_moe"]
-    executor = build_executor(path, column="reference", as_device=True, recorder=LaunchRecorder())
-    assert isinstance(executor, DeviceExecutor)
-    steps, header = executor._captured, Header(0, 0, 7, 6, Mode.DECODE, 4)
-    rows = rows_of([(9, 1)])
-    assert steps.repeats(header, rows)
-    monkeypatch.setattr(executor._parts.dispatcher, "num_tables", 2)
-    assert not steps.repeats(header, rows) and not steps.repeats(header, rows)
-    assert caplog.text.count("no step is a captured one") == 1
-
-
 def rows_of(prompts: list[tuple[int, int]]) -> Rows:
     """Prompts, each with tokens before a step and in it."""
     starts, counts = np.array(prompts, np.int64).T

@@ -5,34 +5,67 @@ whatever requests ask for: real models on tensors without memory, where launches
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from lockstep.engine.protocol.buckets import BUCKETS, MOST_CAPTURED, bucket_over
+from lockstep.engine.protocol.buckets import BUCKETS, MOST_CAPTURED, bucket_over, most_tokens
 from lockstep.engine.protocol.message import Sampling
+from lockstep.engine.protocol.plan import Header, Mode, Section
 from lockstep.engine.protocol.slot_table import Rows
 from lockstep.engine.rank.device.executor import DeviceExecutor
 from lockstep.engine.rank.device.first_steps import compute_first_steps
-from lockstep.engine.rank.device.step_arrays import LaneArrays
-from lockstep.engine.rank.halves import whole
 from lockstep.engine.rank.prompt_logprobs import score_slice
-from support.engine.rank.executors_without_memory import MAX_LEN, MAX_TOKENS, executor_of
+from support.engine.rank.executors_without_memory import MAX_LEN, MAX_TOKENS, ROWS, executor_of
 from support.engine.rank.kernel_variants import noting_variants
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="notes launches of the interpreter")
 
-PLANS = 200
-# Layers that hold one of each kind, and a bound on the variants.
-MODELS = {
-    "qwen3-30b-a3b": (1, 35),
-    "deepseek-v3": (4, 65),
-    "deepseek-v3.2": (4, 80),
-    "gpt-oss-120b": (2, 40),
-    "mistral-small-4": (1, 60),
-}
+PLANS, FEWER = 200, 60
+CAPTURED = tuple(size for size in BUCKETS if 0 < size <= MOST_CAPTURED)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The first ``num_layers`` layers of a model, which hold one of each kind; ``most`` variants.
+    ``dispatch``: over a rack. ``tensor``: ranks that split layers. ``halves``: every second step is
+    two microbatches.
+    """
+
+    model: str
+    num_layers: int
+    most: int
+    dispatch: str = "local"
+    tensor: int = 1
+    halves: bool = False
+    max_len: int = MAX_LEN
+    plans: int = FEWER
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.dispatch}-{self.tensor}-{self.max_len}"
+
+    def executor(self) -> DeviceExecutor:
+        capacities = tuple(-(-most // self.tensor) for most in (MAX_TOKENS, most_tokens(MAX_TOKENS)))
+        capacities = capacities[: 1 + self.halves]
+        facts = self.dispatch, capacities, self.tensor, self.max_len
+        return executor_of(self.model, self.num_layers, *facts)
+
+
+CASES = (
+    Case("qwen3-30b-a3b", 1, 35, plans=PLANS),
+    Case("qwen3-30b-a3b", 1, 45, halves=True, max_len=40960),
+    Case("qwen3-30b-a3b", 1, 45, dispatch="all_gather", tensor=2),
+    Case("deepseek-v3", 4, 70, plans=PLANS),
+    Case("deepseek-v3", 4, 70, dispatch="all_gather", halves=True),
+    Case("deepseek-v3", 4, 70, dispatch="flashinfer", halves=True),
+    Case("deepseek-v3", 4, 70, dispatch="deepep"),
+    Case("deepseek-v3.2", 4, 80),
+    Case("gpt-oss-120b", 2, 40, plans=PLANS),
+    Case("mistral-small-4", 1, 60, plans=PLANS),
+)
 
 
 def capture(executor: DeviceExecutor, size: int) -> None:
@@ -45,14 +78,19 @@ def capture(executor: DeviceExecutor, size: int) -> None:
         steps._sample(hidden_BD, sent[7:14])
 
 
-def random_rows(dice: random.Random) -> Rows:
-    """Decode rows, prompts of every length, or both; some with cached tokens."""
+def random_rows(dice: random.Random, max_len: int) -> Rows:
+    """Decode rows, prompts of every length, or both; some with cached tokens. Of many prompts,
+    one may be long.
+    """
     num_decode = dice.choice([0, 0, 1, 3, 17, 60, 130, 250])
-    num_prompts = dice.choice([0, 1, 1, 2, 4]) or int(num_decode == 0)
-    prompts = [dice.randint(2, dice.choice([8, 100, 1500])) for _ in range(num_prompts)]
+    num_prompts = dice.choice([0, 1, 1, 2, 4, 90]) or int(num_decode == 0)
+    num_prompts = min(num_prompts, ROWS - num_decode)
+    long = [dice.randint(2, dice.choice([8, 100, 1500])) for _ in range(min(num_prompts, 4))]
+    prompts = [dice.randint(2, 8) for _ in range(num_prompts - len(long))] + long
     counts = np.array([1] * num_decode + prompts, np.int64)
     cached = [dice.choice([0, dice.randint(1, 2000)]) for _ in prompts]
-    starts = np.array([dice.randint(1, 3000) for _ in range(num_decode)] + cached, np.int64)
+    most = dice.choice([300, max_len - 1])
+    starts = np.array([dice.randint(1, most) for _ in range(num_decode)] + cached, np.int64)
     return Rows(np.arange(len(counts)), starts, counts, np.ones(len(counts), np.bool_), num_decode)
 
 
@@ -96,28 +134,26 @@ def sample(executor: DeviceExecutor, rows: Rows, hidden_TD: torch.Tensor, dice: 
     score_slice(executor._parts, hidden_TD[:num], next_T, dice.choice([0, 1, 5]), dice.choice([False, True]))
 
 
-def compute(executor: DeviceExecutor, rows: Rows) -> torch.Tensor:
-    lane = LaneArrays(rows, rows.samples, whole(rows), executor._history, executor._slots.scratch)
-    num_tokens = int(rows.counts.sum())
-    executor._forward.announce(num_tokens, bucket_over(num_tokens))
-    num_pages = -(-int(rows.ends.max()) // executor._parts.pool.page_size)
-    sent = executor._upload.send(lane.arrays)
-    return executor._layers(lane.on_device(sent), num_pages, None)
+def compute(executor: DeviceExecutor, rows: Rows, microbatches: int) -> torch.Tensor:
+    num_tokens, none = int(rows.counts.sum()), np.zeros(0, np.int64)
+    header = Header(0, 0, 1, 0, Mode.MIXED, bucket_over(num_tokens), microbatches)
+    drawing = executor._drawing(rows, none)
+    return executor._compute(header, rows, rows.samples, drawing, Section())[0]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_no_plan_after_the_first_steps_needs_another_kernel(name: str) -> None:
-    num_layers, most = MODELS[name]
-    executor, dice = executor_of(name, num_layers), random.Random(5)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_plan_after_the_first_steps_needs_another_kernel(case: Case) -> None:
+    """With captures or without: a stage of a pipeline has none."""
+    executor, dice = case.executor(), random.Random(5)
     with noting_variants() as variants, torch.inference_mode():
-        compute_first_steps(executor._parts, executor._slots, executor._forward, MAX_TOKENS, MAX_LEN)
-        for size in BUCKETS:
-            if 0 < size <= MOST_CAPTURED:
-                capture(executor, size)
+        compute_first_steps(executor._parts, executor._slots, executor._forward, MAX_TOKENS, case.max_len)
         known = set(variants)
-        for number in range(PLANS):
-            rows = random_rows(dice)
-            sample(executor, rows, compute(executor, rows), dice)
+        for number in range(case.plans):
+            rows = random_rows(dice, case.max_len)
+            sample(executor, rows, compute(executor, rows, 1 + number % 2 * case.halves), dice)
             found = (number, rows.counts.tolist(), rows.starts.tolist())
             assert variants == known, f"plan {found}: {sorted(variants - known)}"
-    assert len(known) <= most, sorted(known)
+        for size in CAPTURED if case.plans == PLANS else ():
+            capture(executor, size)
+            assert variants == known, f"captured for {size} rows: {sorted(variants - known)}"
+    assert len(known) <= case.most, sorted(known)

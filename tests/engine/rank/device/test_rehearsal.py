@@ -62,16 +62,26 @@ class FakeMemory:
 
 
 def test_memory_is_read_while_recordings_live_and_is_free_afterwards(tmp_path: Path) -> None:
+    """Each size that is computed or captured is told."""
     memory, path = FakeMemory(), write_checkpoint(tmp_path / "model", qwen3_moe_config(num_hidden_layers=1))
+    told: list[str] = []
 
     def make() -> DeviceExecutor:
-        made = build_executor(path, column="triton", as_device=True, recorder=LaunchRecorder())
+        made = build_executor(
+            path, column="triton", as_device=True, recorder=LaunchRecorder(), tell=told.append
+        )
         memory.made = weakref.ref(small(made))
         return small(made)
 
     assert rehearse(make, memory) == (3 + 2 * 4) << 30, "layers and sampling, of two sizes"
     assert memory.released_after == [0, 2], "before the first reading, and when all is over"
     assert memory.free() == 100 << 30, "nothing of a rehearsal is kept"
+    computed = [f"computing {number} of 2 sizes of steps" for number in (1, 2)]
+    captured = [f"capturing {number} of 2 sizes of steps" for number in (1, 2)]
+    assert told == [*computed, *captured]
+    told.clear()
+    make().begin_epoch(0, ())
+    assert told == [*captured, ""]
 
 
 def test_pages_get_what_weights_and_steps_leave(monkeypatch: pytest.MonkeyPatch) -> None:

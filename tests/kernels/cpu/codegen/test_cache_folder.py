@@ -58,3 +58,14 @@ def test_a_temporary_place_that_others_may_write_is_not_used(tmp_path: Path, tem
     (tmp_path / "file").touch()
     found = Path(folders.cache_folder(SOURCES, str(tmp_path / "file"), "1"))
     assert open_to_all not in found.parents and found.parent.stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_of_another_compiler_is_found_by_the_same_rules(
+    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "__file__", str(tmp_path / "file" / "module.py"))
+    (tmp_path / "file").touch()  # the code cannot be written to
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Path(folders.kept_folder("triton")) == tmp_path / ".cache" / "lockstep" / "triton"
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert Path(folders.kept_folder("triton")) == temporary / f"lockstep-{os.getuid()}" / "triton"

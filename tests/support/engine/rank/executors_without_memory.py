@@ -31,7 +31,7 @@ from lockstep.moe.dispatch.symmetric import SymmetricExchange
 from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.deepep import DeepEPGroup
-from lockstep.parallel.dense import UNSPLIT_LAYERS
+from lockstep.parallel.dense import UNSPLIT_LAYERS, split_as_attention
 from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.nccl_ep import NcclEpGroup
 from lockstep.parallel.nvlink import NvlinkGroup
@@ -40,6 +40,7 @@ from lockstep.parallel.rank_groups import RankGroups
 from lockstep.parallel.slot_major import SlotGroup
 from lockstep.parallel.stages import whole_model
 from lockstep.parallel.symmetric_memory import SymmetricGroup, TorchSymmetricLibrary
+from lockstep.parallel.tensor import TensorGroup
 
 from ...parallel.deepep_double import DeepEPDouble
 from ...parallel.nccl_ep_double import NcclEpDouble
@@ -62,9 +63,17 @@ class NoUpload:
         return [torch.from_numpy(array).to(META) for array in arrays]
 
 
-def executor_of(name: str, num_layers: int | None = None, dispatch: str = "local") -> DeviceExecutor:
+def executor_of(
+    name: str,
+    num_layers: int | None = None,
+    dispatch: str = "local",
+    capacities: tuple[int, ...] = (ROWS,),
+    tensor: int = 1,
+    max_len: int = MAX_LEN,
+) -> DeviceExecutor:
     """The executor of the model ``name``, of its first ``num_layers`` layers if given. ``dispatch``
-    over the ranks of an NVL72 rack unless local, as in its recipe.
+    over the ranks of an NVL72 rack unless local, as in its recipe, of steps of ``capacities`` as in
+    ``TokenShape``. ``tensor``: ranks that split its layers.
     """
     config = load_config(CONFIGS / name)
     if num_layers is not None:
@@ -72,9 +81,14 @@ def executor_of(name: str, num_layers: int | None = None, dispatch: str = "local
         windows = config.windows[:num_layers]
         config = replace(config, num_layers=num_layers, moe_layers=moe_layers, windows=windows)
     alone = Collectives("alone", 0, 1, None, 1.0, META)
-    dispatcher = _dispatcher_of(config, dispatch)
-    stage = whole_model(config.num_layers, config.moe_layers)
-    part = ModelPart(stage, UNSPLIT_LAYERS)
+    turns = Turns()
+    dispatcher = _dispatcher_of(config, dispatch, capacities, turns)
+    stage, splits = whole_model(config.num_layers, config.moe_layers), UNSPLIT_LAYERS
+    if tensor > 1:
+        layers = Collectives("layers", 0, tensor, torch.distributed.HashStore(), 1.0, META)
+        layers.rehearse()
+        splits = split_as_attention(TensorGroup(layers, turns.give))
+    part = ModelPart(stage, splits)
     model = build_model(
         config, dispatcher, torch.bfloat16, META, "triton", keep_fp8=config.kernel_fp8, part=part
     )
@@ -83,18 +97,20 @@ def executor_of(name: str, num_layers: int | None = None, dispatch: str = "local
         model=model,
         dispatcher=dispatcher,
         groups=RankGroups(alone),
-        splits=UNSPLIT_LAYERS,
+        splits=splits,
         links=PipelineLinks(alone, alone, stage, META),
-        turns=Turns(),
+        turns=turns,
         samples=True,
-        pool=KVPool(entries_of(config, stage.layers, 1, "fp8"), 1000, 64, "fp8", META),
+        pool=KVPool(entries_of(config, stage.layers, tensor, "fp8"), 1000, 64, "fp8", META),
         device=META,
     )
     with mock.patch.object(device_executor, "Upload", NoUpload):
-        return DeviceExecutor(parts, ROWS, MAX_LEN, 1, MAX_TOKENS, None)
+        return DeviceExecutor(parts, ROWS, max_len, 1, MAX_TOKENS, None)
 
 
-def _dispatcher_of(config: ModelConfig, dispatch: str) -> Dispatcher:
+def _dispatcher_of(
+    config: ModelConfig, dispatch: str, capacities: tuple[int, ...], turns: Turns
+) -> Dispatcher:
     moe, num_layers = config.moe, len(config.moe_layers)
     if dispatch == "local":
         return LocalDispatcher(contiguous(num_layers, moe.num_experts, 1), META, NoClock())
@@ -104,10 +120,10 @@ def _dispatcher_of(config: ModelConfig, dispatch: str) -> Dispatcher:
     if dispatch == "all_gather":
         group = Collectives(*place, 1.0, META)
         group.rehearse()
-        exchange = AllGatherExchange(placement, group, META, eight=True)
+        exchange = AllGatherExchange(placement, group, META, eight=config.kernel_fp8)
     elif dispatch == "flashinfer":
         linked = NvlinkGroup(*place, META, NvlinkDouble(Collectives("alone", 0, 1, None, 1.0, META)))
-        shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
+        shape = TokenShape(capacities, moe.top_k, moe.hidden, torch.bfloat16, config.kernel_fp8)
         exchange = NvlinkExchange(placement, linked, META, shape)
         linked.rehearse()
     elif dispatch in ("deepep", "nccl_ep"):
@@ -117,12 +133,12 @@ def _dispatcher_of(config: ModelConfig, dispatch: str) -> Dispatcher:
             if dispatch == "deepep"
             else NcclEpGroup(*place, META, NcclEpDouble(alone))
         )
-        shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
+        shape = TokenShape(capacities, moe.top_k, moe.hidden, torch.bfloat16, config.kernel_fp8)
         exchange = SlotMajorExchange(placement, group_by, META, shape)
         group_by.rehearse()
     else:
         memory = SymmetricGroup(*place, META, TorchSymmetricLibrary())
-        shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
+        shape = TokenShape(capacities, moe.top_k, moe.hidden, torch.bfloat16, config.kernel_fp8)
         exchange = SymmetricExchange(placement, memory, META, shape)
         memory.rehearse()
-    return ExchangeDispatcher(exchange, META, NoClock())
+    return ExchangeDispatcher(exchange, META, NoClock(), turns.give)

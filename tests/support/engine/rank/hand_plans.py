@@ -64,12 +64,14 @@ def build_executor(
     device: torch.device = CPU,
     keep_fp8: bool = False,
     vocabulary: LLTokenizer | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Executor:
     """An executor in float32 over the checkpoint ``path``; alone without ``collectives``, which are
     those of the experts. ``tensor``: the ranks that split layers; ``dense``: those that split dense
     blocks, if others do; ``stages``: those of a pipeline, and ``tokens`` they again.
     ``as_device``: the executor of a device, with a ``recorder`` if given; on this CPU unless
     ``device`` is another. ``keep_fp8``: in the FP8 of the checkpoint. ``vocabulary``: of grammars.
+    ``tell`` as in ``Parts``.
     """
     alone = Collectives("alone", 0, 1, None, 1.0, device)
     collectives, tensor = collectives or alone, tensor or alone
@@ -108,6 +110,7 @@ def build_executor(
         links=PipelineLinks(stages, tokens or stages, stage, device),
         turns=turns,
         samples=tensor.index == 0 and stage.last,
+        tell=tell,
         pool=pool,
         device=device,
         grammars=None if vocabulary is None else Grammars(vocabulary),
