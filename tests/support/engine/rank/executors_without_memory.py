@@ -15,6 +15,8 @@ from lockstep.engine.models.config import ModelConfig, load_config
 from lockstep.engine.models.registry import ModelPart, build_model
 from lockstep.engine.rank.device import executor as device_executor
 from lockstep.engine.rank.device.executor import DeviceExecutor
+from lockstep.engine.rank.device.graphs import GraphRecorder
+from lockstep.engine.rank.device.transfers import SideStream
 from lockstep.engine.rank.page_pool import KVPool, entries_of
 from lockstep.engine.rank.parts import Parts
 from lockstep.launch.recipe.file import find_recipe
@@ -62,9 +64,16 @@ class NoUpload:
         return [torch.from_numpy(array).to(META) for array in arrays]
 
 
-def executor_of(name: str, num_layers: int | None = None, dispatch: str = "local") -> DeviceExecutor:
+def executor_of(
+    name: str,
+    num_layers: int | None = None,
+    dispatch: str = "local",
+    recorder: GraphRecorder | None = None,
+    side: SideStream | None = None,
+) -> DeviceExecutor:
     """The executor of the model ``name``, of its first ``num_layers`` layers if given. ``dispatch``
-    over the ranks of an NVL72 rack unless local, as in its recipe.
+    over the ranks of an NVL72 rack unless local, as in its recipe. With a ``side`` stream uploads
+    are real ones.
     """
     config = load_config(CONFIGS / name)
     if num_layers is not None:
@@ -72,7 +81,7 @@ def executor_of(name: str, num_layers: int | None = None, dispatch: str = "local
         windows = config.windows[:num_layers]
         config = replace(config, num_layers=num_layers, moe_layers=moe_layers, windows=windows)
     alone = Collectives("alone", 0, 1, None, 1.0, META)
-    dispatcher = _dispatcher_of(config, dispatch)
+    dispatcher = _dispatcher_of(config, dispatch, ROWS if side is None else MAX_TOKENS)
     stage = whole_model(config.num_layers, config.moe_layers)
     part = ModelPart(stage, UNSPLIT_LAYERS)
     model = build_model(
@@ -90,11 +99,14 @@ def executor_of(name: str, num_layers: int | None = None, dispatch: str = "local
         pool=KVPool(entries_of(config, stage.layers, 1, "fp8"), 1000, 64, "fp8", META),
         device=META,
     )
-    with mock.patch.object(device_executor, "Upload", NoUpload):
-        return DeviceExecutor(parts, ROWS, MAX_LEN, 1, MAX_TOKENS, None)
+    doubles: dict[str, Any] = {"Upload": NoUpload}
+    if side is not None:
+        doubles = {"side_stream": lambda device: side}
+    with mock.patch.multiple(device_executor, **doubles):
+        return DeviceExecutor(parts, ROWS, MAX_LEN, 1, MAX_TOKENS, recorder)
 
 
-def _dispatcher_of(config: ModelConfig, dispatch: str) -> Dispatcher:
+def _dispatcher_of(config: ModelConfig, dispatch: str, capacity: int) -> Dispatcher:
     moe, num_layers = config.moe, len(config.moe_layers)
     if dispatch == "local":
         return LocalDispatcher(contiguous(num_layers, moe.num_experts, 1), META, NoClock())
@@ -107,7 +119,7 @@ def _dispatcher_of(config: ModelConfig, dispatch: str) -> Dispatcher:
         exchange = AllGatherExchange(placement, group, META, eight=True)
     elif dispatch == "flashinfer":
         linked = NvlinkGroup(*place, META, NvlinkDouble(Collectives("alone", 0, 1, None, 1.0, META)))
-        shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
+        shape = TokenShape((capacity,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
         exchange = NvlinkExchange(placement, linked, META, shape)
         linked.rehearse()
     elif dispatch in ("deepep", "nccl_ep"):
@@ -117,12 +129,12 @@ def _dispatcher_of(config: ModelConfig, dispatch: str) -> Dispatcher:
             if dispatch == "deepep"
             else NcclEpGroup(*place, META, NcclEpDouble(alone))
         )
-        shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
+        shape = TokenShape((capacity,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
         exchange = SlotMajorExchange(placement, group_by, META, shape)
         group_by.rehearse()
     else:
         memory = SymmetricGroup(*place, META, TorchSymmetricLibrary())
-        shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
+        shape = TokenShape((capacity,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
         exchange = SymmetricExchange(placement, memory, META, shape)
         memory.rehearse()
     return ExchangeDispatcher(exchange, META, NoClock())
