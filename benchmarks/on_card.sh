@@ -5,9 +5,9 @@
 #   benchmarks/on_card.sh OUT COMMIT [PYTHON]
 #
 # Phases, each with a limit of its own; one that fails or runs out of time does not stop the next. OUT
-# receives phases.csv, log.txt, kernels_gpu.csv, kernels_gpu_goals.md, plots, the demo's answers, rows and the
+# receives phases.csv, log.txt, parity.csv, kernels_gpu.csv, kernels_gpu_goals.md, plots, the demo's answers, rows and the
 # timeline of a model's shape with random weights (shape_*), a trace of its first layers by torch's profiler
-# (profile.json, profile.csv), and the tuning table. Put the table into
+# (profile.json, profile.csv), the host's time of a step (host_steps.csv), and the tuning table. Put the table into
 # kernels/triton/tuned/, rows and plots into benchmarks/. Without a card the phases before the rows run on the CPU,
 # as a rehearsal.
 set -u
@@ -77,7 +77,7 @@ shape() {
     shift 2
     serve 8103 "$out/shape.txt" --recipe "$recipe" "$@" model.weights=random frontend.admin_key=admin || return 1
     bench() { "$python" -m lockstep.launch.cli bench --url $url --rounds 1 --recipe "$recipe" "${@}"; }
-    bench "$@" --input 64 --output 64 --concurrency 1,8,32,128 --out "$out/shape_decode" || status=1
+    bench "$@" --input 64 --output 64 --concurrency 1,8,32,64,128,256 --out "$out/shape_decode" || status=1
     bench "$@" --input "$prompt" --output 8 --concurrency 1 --out "$out/shape_prompt" || status=1
     bench "$@" --input 64 --output 256 --concurrency 32 --requests 64 > /dev/null 2>&1 &
     local load=$!
@@ -94,12 +94,15 @@ phase versions 30 bash -c versions
 phase wheels 40 "$python" benchmarks/card_wheels.py --install "$home/site"
 device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
 
+# Kernels against the reference at the sizes of real models, one of each kind: parity.csv says which err.
+phase parity 60 "$python" -m lockstep.kernels.bench.parity --out "$out" --seconds 45
+
 # Tokens of a small model are those of the reference, captured or not, and no step waits for the device.
-phase executor 80 "$python" -m pytest -q -n 4 -p no:cacheprovider tests/engine/rank/device/test_on_card.py
+phase executor 70 "$python" -m pytest -q -n 4 -p no:cacheprovider tests/engine/rank/device/test_on_card.py
 
 # Every bucket is captured and replayed before the demo serves.
-phase demo-cpu 50 bash -c 'demo cpu 8101 --save "$out/demo_answers.json"'
-phase "demo-$device" 60 bash -c "demo $device 8102 --answers \"\$out/demo_answers.json\""
+phase demo-cpu 40 bash -c 'demo cpu 8101 --save "$out/demo_answers.json"'
+phase "demo-$device" 50 bash -c "demo $device 8102 --answers \"\$out/demo_answers.json\""
 
 # Qwen3-30B-A3B's shape on the card, beside the limits of its profile; the demo's shape in a rehearsal.
 if [ "$device" = cuda ]; then
@@ -107,21 +110,20 @@ if [ "$device" = cuda ]; then
     for hardware in gb200 b200 h200 h800 h100; do
         [[ "$card" != *$hardware* ]] || break
     done
-    phase shape 140 bash -c "shape qwen3-30b-a3b-1xh100 8192 cluster.hardware=$hardware"
+    phase shape 130 bash -c "shape qwen3-30b-a3b-1xh100 8192 cluster.hardware=$hardware scheduler.max_running=256"
 else
-    phase shape 140 bash -c 'shape demo 256 cluster.device=cpu cluster.hardware=cpu'
+    phase shape 130 bash -c 'shape demo 256 cluster.device=cpu cluster.hardware=cpu'
 fi
 profiled=recipes/configs/qwen3-30b-a3b
 [ "$device" = cuda ] || profiled=recipes/demo/model
-phase profile 40 "$python" benchmarks/profile_steps.py --config "$profiled" --out "$out"
+phase profile 60 "$python" benchmarks/profile_steps.py --config "$profiled" --out "$out"
 
 if [ "$device" = cuda ]; then
-    # Attention over latents and FP8 products first, then all that time allows; rivals, FlashInfer among
-    # them, where they are installed. A kernel that breaks its process ends the rows after it too; the next
-    # attempt resumes behind it.
+    # The 42 cases that matter most first, then all that time allows; rivals, FlashInfer among them, where
+    # they are installed. A kernel that breaks its process ends the rows after it too; the next attempt
+    # resumes behind it.
     rows=("$python" -m lockstep.kernels.bench --out "$out" --resume --commit "$commit")
-    phase rows-latents 45 "${rows[@]}" --seconds 30 --only mla_attend
-    phase rows-linear-fp8 30 "${rows[@]}" --seconds 20 --only linear_fp8
+    phase rows-first 70 "${rows[@]}" --seconds 60 --first
     for attempt in 1 2 3; do
         seconds=$(left 130)
         [ "$seconds" -gt 20 ] || break

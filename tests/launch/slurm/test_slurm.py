@@ -80,6 +80,14 @@ def test_nodes_and_gpus_come_from_the_recipe() -> None:
     assert variable(script(*CUDA), "gpus") == ["4"]
 
 
+def test_a_rack_gets_its_script() -> None:
+    text = script(recipe="deepseek-gb200")
+    found = options(text)
+    assert (found["--nodes"], found["--gpus-per-node"]) == ("18", "4")
+    assert (variable(text, "num_nodes"), variable(text, "gpus")) == (["18"], ["4"])
+    assert any("deepseek-gb200" in line for line in text.splitlines() if not line.startswith("#"))
+
+
 @pytest.mark.parametrize(
     ("given", "name", "value"),
     [

@@ -15,6 +15,8 @@ from lockstep.engine.models.config import ModelConfig, load_config
 from lockstep.engine.models.registry import ModelPart, build_model
 from lockstep.engine.rank.device import executor as device_executor
 from lockstep.engine.rank.device.executor import DeviceExecutor
+from lockstep.engine.rank.device.graphs import GraphRecorder
+from lockstep.engine.rank.device.transfers import SideStream
 from lockstep.engine.rank.page_pool import KVPool, entries_of
 from lockstep.engine.rank.parts import Parts
 from lockstep.launch.recipe.file import find_recipe
@@ -70,10 +72,13 @@ def executor_of(
     capacities: tuple[int, ...] = (ROWS,),
     tensor: int = 1,
     max_len: int = MAX_LEN,
+    recorder: GraphRecorder | None = None,
+    side: SideStream | None = None,
 ) -> DeviceExecutor:
     """The executor of the model ``name``, of its first ``num_layers`` layers if given. ``dispatch``
     over the ranks of an NVL72 rack unless local, as in its recipe, of steps of ``capacities`` as in
-    ``TokenShape``. ``tensor``: ranks that split its layers.
+    ``TokenShape``. ``tensor``: ranks that split its layers. With a ``side`` stream uploads are real
+    ones.
     """
     config = load_config(CONFIGS / name)
     if num_layers is not None:
@@ -104,8 +109,11 @@ def executor_of(
         pool=KVPool(entries_of(config, stage.layers, tensor, "fp8"), 1000, 64, "fp8", META),
         device=META,
     )
-    with mock.patch.object(device_executor, "Upload", NoUpload):
-        return DeviceExecutor(parts, ROWS, max_len, 1, MAX_TOKENS, None)
+    doubles: dict[str, Any] = {"Upload": NoUpload}
+    if side is not None:
+        doubles = {"side_stream": lambda device: side}
+    with mock.patch.multiple(device_executor, **doubles):
+        return DeviceExecutor(parts, ROWS, max_len, 1, MAX_TOKENS, recorder)
 
 
 def _dispatcher_of(
