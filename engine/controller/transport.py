@@ -135,8 +135,8 @@ def _send(socket: zmq.Socket[bytes], name: bytes, message: Message) -> None:
 
 
 def _bind(sockets: list[zmq.Socket[bytes]], spec: ControllerSpec) -> tuple[str, ...]:
-    """Binds ``sockets`` to free ports, or to the addresses that peers of a predecessor know: waits
-    until the kernel has freed them, and until a peer that seeks them has not met itself there.
+    """Binds ``sockets`` to free ports, or to the addresses that peers of a predecessor know.
+    Retries these until the kernel has freed the ports, also from a peer's TCP self-connect.
     """
     if spec.succession is None:
         return tuple(

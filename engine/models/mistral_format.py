@@ -1,5 +1,5 @@
-"""Checkpoints in Mistral's own format, ``params.json`` and ``consolidated*.safetensors``, in the
-words of transformers' model ``mistral4``. No torch here.
+"""Checkpoints in Mistral's own format, ``params.json`` and ``consolidated*.safetensors``, converted
+to the config keys of transformers' model ``mistral4``. No torch here.
 
 Engines read Mistral-Large-3 from this format, Mistral-Small-4 from either
 (https://huggingface.co/mistralai/Mistral-Large-3-675B-Instruct-2512).

@@ -24,7 +24,7 @@ class BlocksStored(NamedTuple):
 
 
 class BlocksRemoved(NamedTuple):
-    """Blocks that a data index no longer holds, each named by its key [n, 2]."""
+    """Keys [n, 2] of blocks that a data index no longer holds."""
 
     keys: UInt64
 

@@ -23,7 +23,7 @@ from .group import Group
 from .outbox import Entries, Outbox
 from .request import Request, State
 
-# Members of an enumeration are slow to find.
+# Looking up enum members is slow.
 _NONE, _STOP, _LENGTH, _ABORT = int(Finish.NONE), int(Finish.STOP), int(Finish.LENGTH), int(Finish.ABORT)
 
 _T = TypeVar("_T", bound=np.generic)
@@ -86,7 +86,7 @@ class Ledger:
                 group.queue.put_back(request)
 
     def cancel(self, request: Request, finish: Finish = Finish.ABORT) -> None:
-        """Ends an open request in any state. Its frontend hears of it once its row has drained."""
+        """Ends an open request in any state. Its frontend is notified once its row has drained."""
         group, row = self._group, request.row
         if row < 0:
             group.queue.drop(request)
@@ -100,7 +100,7 @@ class Ledger:
             self._leave(row, finish)
 
     def fail(self, request: Request, reason: str) -> None:
-        """Ends an open request that cannot be completed. Its frontend hears the reason at once."""
+        """Ends an open request that cannot be completed. Its frontend gets the reason at once."""
         self._outbox.reject(request.frontend, Rejected(request.handle, 500, reason))
         self.cancel(request, Finish.ERROR)
 
@@ -219,7 +219,7 @@ class Ledger:
                     self._outbox.prompt_logprobs(request.frontend, structs.replace(item, of=request.handle))
 
     def _finish(self, row: int, finish: Finish) -> None:
-        """The last token of a request is in: its client hears of it now, its row drains."""
+        """Ends a request whose last token is in: notifies its client and lets its row drain."""
         group = self._group
         group.close(group.rows.request(row))
         group.rows.end(row, finish)
@@ -272,7 +272,7 @@ class Ledger:
     # ----------------------------------------------------------------- measurements and checksums
 
     def _observe(self, flight: Flight, results: list[StepResult]) -> None:
-        """Tells the cost model the slowest section among these results."""
+        """Gives the cost model the slowest section among these results."""
         group = self._group
         if group.overlap.mode == "auto":
             longest = float(flight.tokens.max()), float(flight.kv.max()), float(flight.context.max())

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..protocol.arrays import Int64
 
 SectionBytes = dict[int, bytes]
-"""A field of sections, for those data indices that have any of it."""
+"""A field of sections, by the data indices that have values for it."""
 
 
 def pack(data: Int64, values: NDArray[Any], num_data: int) -> SectionBytes:

@@ -100,8 +100,8 @@ class Prefill:
 
     def _share(self, waiting: list[int], budget: int) -> Iterator[tuple[int, int, int]]:
         """Chunks (row, start, count) of the first prompts that wait, ``budget`` tokens together.
-        Rows that report log-probabilities of their prompts advance as far as one result has room
-        for them.
+        Rows that report log-probabilities of their prompts advance only as far as one result can
+        hold these.
         """
         rows, room = self._group.rows, _SCORE_BYTES
         for row in waiting:
@@ -152,9 +152,7 @@ class Prefill:
         return admits
 
     def _mark_written(self, data: Int64, row: Int64, start: Int64, end: Int64) -> None:
-        """Later plans may read the blocks that chunks [start, end) [n] complete, on the same
-        rank.
-        """
+        """Lets later plans of a rank read the blocks that its chunks [start, end) [n] complete."""
         group, rows = self._group, self._group.rows
         first, behind = start // group.page_size, end // group.page_size
         owners, index = ragged(behind - first)

@@ -30,8 +30,8 @@ class Trials:
         self._running: Request | None = None
 
     def died(self, requests: Iterable[Request]) -> Request | None:
-        """A rank died with these requests in its unfinished steps. Returns the guilty one, if it is
-        the only suspect among them.
+        """Books the death of a rank with these requests in its unfinished steps. Returns the guilty
+        one if there is only one suspect among them.
         """
         suspects = []
         for request in requests:

@@ -26,7 +26,7 @@ TellRound = Callable[[TurnProgress, Round], None]
 
 class Bench:
     """Loads one endpoint, or two in turns: the first leads in one round, the second in the next.
-    Prompts are never repeated, but for what they share.
+    Prompts are never repeated, except for their shared part.
 
     ``rounds``: those that have ended, by load and place of the endpoint. ``broken``: why it ended
     early, or empty.

@@ -121,29 +121,29 @@ def _memory(setup: Setup, stage: PipelineStage, work: Work) -> float:
 
 
 def attention_seconds(setup: Setup, decode: bool) -> float:
-    """Seconds in which a token attends to one position in one layer, without ``sharing``."""
+    """Seconds for a token to attend to one position in one layer, before ``sharing``."""
     operations = setup.shape.attention_operations(decode)
     return operations / setup.mesh.tensor / setup.operations(setup.attention_dtype)
 
 
 def read_seconds(setup: Setup) -> float:
-    """Seconds of reading one position in one layer, without ``sharing`` and its index key."""
+    """Seconds to read one position in one layer, without its index key, before ``sharing``."""
     shape, kind = setup.shape, setup.kv_dtype
     return shape.kv_bytes(kind, setup.mesh.tensor) / (1e12 * setup.hardware.memory_tb_s)
 
 
 def index_seconds(setup: Setup) -> float:
-    """Seconds in which an indexer scores one position for a token, without ``sharing``."""
+    """Seconds for an indexer to score one position for a token, before ``sharing``."""
     return setup.shape.index_operations / setup.operations(setup.attention_dtype)
 
 
 def index_read_seconds(setup: Setup) -> float:
-    """Seconds of reading one index key, without ``sharing``."""
+    """Seconds to read one index key, before ``sharing``."""
     return setup.shape.index_key_bytes(setup.kv_dtype) / (1e12 * setup.hardware.memory_tb_s)
 
 
 def bounds_of(setup: Setup, stage: PipelineStage) -> list[int]:
-    """The most positions that a token looks at in those layers of a stage that bound them."""
+    """The most positions that a token attends to, for each layer of a stage that bounds them."""
     return [bound for layer in stage.layers if (bound := setup.shape.bound(layer))]
 
 

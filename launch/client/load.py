@@ -32,13 +32,13 @@ async def vocabulary_size(server: Server) -> int:
     found = await ask_json(server, "GET", "/tokenizer_info")
     size = found.get("vocab_size") if isinstance(found, dict) else None
     if not isinstance(size, int) or size < 1:
-        raise ServerError("no vocabulary", f"{server.url}: /tokenizer_info tells no vocab_size")
+        raise ServerError("no vocabulary", f"{server.url}: /tokenizer_info has no vocab_size")
     return size
 
 
 class Load:
-    """Sends the requests of a trace. At most ``most`` are open; one that is due then leaves later,
-    which the record tells.
+    """Sends the requests of a trace. At most ``most`` are open; further ones are sent later, which
+    the record shows.
     """
 
     def __init__(self, target: Target, trace: Trace, most: int) -> None:

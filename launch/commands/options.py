@@ -1,4 +1,4 @@
-"""Options that several commands share, and their answer to a recipe that cannot be used."""
+"""Options that several commands share, and their errors for an unusable recipe."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Record:
 
     @property
     def answered(self) -> int:
-        """Requests that have ended, in any way."""
+        """Number of requests that have ended, for any reason."""
         return self.finished + self.refused + self.unavailable
 
     # ----------------------------------------------------------------- messages to frontends
@@ -75,7 +75,7 @@ class Record:
         begins = np.frombuffer(batch.positions_i32, np.int32) == 0
         self.first[handles[begins]] = now
         before = self.last[handles[~begins]]
-        steady = before == self._last_batch  # most rows: they also got a token in the last step
+        steady = before == self._last_batch  # the common case: rows that also got a token in the last step
         if count := int(steady.sum()):
             self._gap(now - self._last_batch, count)
         for time in before[~steady].tolist():

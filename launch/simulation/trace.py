@@ -110,7 +110,7 @@ class Trace:
             yield request.seconds, Submit(number, str(number), prompt, hashes, limit, Sampling(seed=number))
 
     def prompt(self, number: int) -> bytes:
-        """A request's prompt, int32: blocks are equal where their names are, and nowhere else."""
+        """A request's prompt, int32: blocks are equal if and only if their names are."""
         request = self.requests[number]
         unnamed = np.arange(-(-request.num_input // self.block) - len(request.ids), dtype=np.uint64)
         own = unnamed + np.uint64(number << 32) + _UNNAMED

@@ -33,8 +33,8 @@ _UNIT = float(1 << 30)  # sums of integers are exact, and seven times as fast as
 _ROUNDS, _HOT, _COLD, _RATE, _MOMENTUM = 60, 0.1, 0.01, 0.05, 0.85
 _SPARE = np.float32(0.2)  # intervals more than are needed, which whole choices need beyond parts
 _CHANGES = 24
-# The price of receiving an expert, for the least room that is needed: far below 1, as each rank
-# that stays too hot costs steps later.
+# The price of receiving an expert, in units of the least room that is needed: far below 1, as each
+# rank that stays too hot costs steps later.
 _RECEIPT = np.float32(0.05)
 _LEFT = np.float32(3)  # the price of load that a rank keeps above the target
 _LEAST = 1e-6  # of a mean load: a change has to gain more
@@ -42,8 +42,8 @@ _LEAST = 1e-6  # of a mean load: a change has to gain more
 
 class Exchanges:
     """Arrays over ``layers``, ``slots`` and the ``experts`` that come into them, one into each rank
-    at most, so that loads come down to target_L or near it. Replicas stay as many as they are;
-    ``state`` does not change.
+    at most, so that loads fall to target_L or near it. Numbers of replicas and ``state`` do not
+    change.
     """
 
     def __init__(self, state: Layers, layers: Ints, target_L: Floats) -> None:
@@ -69,7 +69,7 @@ class Exchanges:
         sorted_LP = np.take_along_axis(shares_LP, order_LP, axis=1)
         places_LP = np.empty_like(order_LP)
         np.put_along_axis(places_LP, order_LP, np.arange(1, num_places + 1)[None], axis=1)
-        # All layers are searched as one sorted array, so far apart that none reaches into the next.
+        # All layers are searched as one sorted array, offset so that their ranges never overlap.
         apart_L1 = 4.0 * self._state.num_ranks * self._each[:, None]
         rooms_SLW = np.clip(self._room_SLW, -1.0, 2.0 * self._state.num_ranks) + (_EXACT + apart_L1)
         above_SLW = (sorted_LP + apart_L1).ravel().searchsorted(rooms_SLW.ravel(), side="right")
@@ -125,7 +125,7 @@ class Exchanges:
         low_SLW = np.where(hot_LW, self._rooms_SLW, self._experts_SLW)
         high_SLW = np.where(hot_LW, self._experts_SLW, self._rooms_SLW)
         widths = (_UNIT * self._widths_LP).astype(np.int64).ravel()
-        # More to cover costs where nothing is spare, more that covers gains where some is missing.
+        # More load to cover costs where nothing is spare; more cover gains where some is missing.
         full = len(widths) + 1
         new_LW, old_LW = np.where(hot_LW, full, 0), np.where(hot_LW, 0, full)
         low_new_SLW, high_new_SLW = low_SLW + new_LW, high_SLW + new_LW
@@ -214,9 +214,7 @@ def _below(values: NDArray[Any]) -> Ints:
 
 
 def _least_room(slack_LW: Floats) -> Floats:
-    """The room of the fullest rank that is needed, the emptiest first, for what others have too
-    much.
-    """
+    """The room of the fullest rank needed to take the excess of others, emptiest ranks first."""
     rooms_LW = np.sort(slack_LW.clip(0), axis=1)[:, ::-1]
     needed_L = (rooms_LW.cumsum(axis=1) < (-slack_LW).clip(0).sum(axis=1, keepdims=True)).sum(axis=1)
     return np.asarray(at(rooms_LW, needed_L.clip(max=rooms_LW.shape[1] - 1)[:, None])[:, 0])

@@ -50,10 +50,10 @@ def share_turns(ranks_XR: Ints, node_W: Ints, source: int) -> Ints:
     """chosen_XC: the replica that each turn of rank ``source`` goes to. ranks_XR: the replicas'
     ranks, which differ.
 
-    A rank with a replica gives it all its turns. Of the others on a node, the replicas there get as
-    many as they may have, first turns first; the remaining turns of all ranks fill the remaining
-    shares. Turns that are given together are counted rank by rank, so that each rank knows its own
-    without a table of all.
+    A rank with a replica gives it all its turns. Turns of the other ranks of a node go to its
+    replicas up to their shares, first turns first; the remaining turns of all ranks fill the
+    remaining shares. Turns that are given together are counted rank by rank, so that each rank
+    knows its own without a table of all.
     """
     num_experts, num_replicas = ranks_XR.shape
     shares_R, more = np.divmod(TURNS * len(node_W), np.full(num_replicas, num_replicas))
@@ -70,7 +70,7 @@ def share_turns(ranks_XR: Ints, node_W: Ints, source: int) -> Ints:
     whole_XN, extra_XN = np.divmod(given_XN, np.maximum(num_free_XN, 1))
     number_XW = _number_on_node(free_XW, node_W)
     near_XW = np.where(free_XW, whole_XN[:, node_W] + (number_XW < extra_XN[:, node_W]), 0)
-    # The replicas of a node share what is given there by the room that they have.
+    # The replicas of a node share its turns in proportion to their room.
     same_XRR = (node_XR[:, :, None] == node_XR[:, None]) & np.tri(num_replicas, dtype=np.bool_)
     until_XR = (same_XRR * left_R).sum(axis=2)
     given_XR, room_XR = (np.take_along_axis(part_XN, node_XR, axis=1) for part_XN in (given_XN, room_XN))

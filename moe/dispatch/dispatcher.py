@@ -63,17 +63,19 @@ class Dispatcher(Protocol):
 
     @property
     def num_tables(self) -> int:
-        """How often tables that steps read were made anew: a captured step reads those it knew."""
+        """How often the tables that steps read were reallocated; a captured step reads the old
+        ones.
+        """
         ...
 
     @property
     def counts_LS(self) -> Tensor:
-        """int64 on the device: tokens met by every own slot since it was last zeroed."""
+        """Int64 on the device: tokens of every own slot since the counts were last zeroed."""
         ...
 
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
-        """Experts of ``layers`` have moved, between two steps: ``placement`` is that of all
-        layers.
+        """Takes over a ``placement`` (of all layers) in which experts of ``layers`` have moved.
+        Called between two steps.
         """
         ...
 
@@ -94,12 +96,12 @@ class Dispatcher(Protocol):
 
 
 def padding_of(num_tokens: int, real_1: Tensor | None) -> Tensor | None:
-    """padding_T1 bool of ``begin_step``."""
+    """Padding_T1 bool: tokens that are padding, by ``real_1`` of ``begin_step``."""
     if real_1 is None:
         return None
     return torch.arange(num_tokens, device=real_1.device)[:, None] >= real_1
 
 
 def zero_counts(placement: Placement, device: torch.device) -> Tensor:
-    """``counts_LS`` before any token."""
+    """Sets ``counts_LS`` to 0."""
     return torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device=device)

@@ -137,9 +137,7 @@ def _tokens_of(arrived: Arrived) -> Tokens:
 
 
 def _different(capacities: Sequence[int]) -> list[int]:
-    """The capacities, one more where one is as large as another: the library shares memory among
-    equal ones.
-    """
+    """The capacities, made distinct by adding 1: the library shares memory among equal ones."""
     found: list[int] = []
     for capacity in capacities:
         while capacity in found:

@@ -1,7 +1,7 @@
 """Bounds on the shape of a JSON text, checked before anything is built from it.
 
-A parser holds the interpreter lock until its last value is built, so each limit is a time for which
-the event loop may stand: about 50 ms on an EPYC core for a text at all of them.
+A parser holds the interpreter lock until its last value is built, so the limits bound how long the
+event loop is blocked: about 50 ms on an EPYC core for a text at all of them.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ class AsgiWriter:
         self.busy = False
 
     def write(self, body: bytes, more: bool) -> None:
-        """Sends a part of the body. Not allowed while busy. Raises what ``send`` raises at once."""
+        """Sends a part of the body. Not allowed while busy. Passes on exceptions that ``send``
+        raises at once.
+        """
         assert not self.busy, "write to a busy writer"
         sending = self._send({"type": "http.response.body", "body": body, "more_body": more})
         try:

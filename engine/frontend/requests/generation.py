@@ -26,7 +26,7 @@ class Sink(Protocol):
     """Receives the progress of a generation: a collected reply or a stream."""
 
     def advance(self, generation: Generation) -> None:
-        """New tokens or the finish have come; not called again after the finish."""
+        """Takes note of new tokens or the finish; not called again after the finish."""
 
     def fail(self, generation: Generation, error: ApiError) -> None:
         """The generation ended without a result."""
@@ -123,7 +123,9 @@ class Generation:
 
     @property
     def stopped_early(self) -> bool:
-        """Ended by a stop string or by the last tool call allowed, which the engine cannot see."""
+        """Whether a stop string or the last allowed tool call ended it, which the engine cannot
+        see.
+        """
         return (self.matcher is not None and self.matcher.matched is not None) or (
             self.parser is not None and self.parser.full
         )
@@ -150,7 +152,7 @@ class Generation:
 
     @property
     def lacks_prompt(self) -> bool:
-        """Log-probabilities of the prompt are still missing."""
+        """Whether log-probabilities of the prompt are still missing."""
         return self.prompt_scores is not None and not self.prompt_scores.complete
 
     def accept(
