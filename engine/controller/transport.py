@@ -27,8 +27,10 @@ T = TypeVar("T")
 
 _MAX_DRAIN = 4096
 # Members of an enumeration cost a conversion at every call.
-_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
-_RCVMORE, _DONTWAIT = int(zmq.RCVMORE), int(zmq.DONTWAIT)
+_EVENTS = int(zmq.EVENTS)
+_POLLIN = int(zmq.POLLIN)
+_RCVMORE = int(zmq.RCVMORE)
+_DONTWAIT = int(zmq.DONTWAIT)
 BIND_SECONDS = 20.0
 
 

@@ -121,7 +121,8 @@ def _rope(params: Fields) -> dict[str, Any]:
     """YaRN of the frequencies alone: neither scores nor rotated values are scaled, which
     ``apply_scale`` says.
     """
-    yarn, growth = params.nested("yarn"), params.nested("llama_4_scaling")
+    yarn = params.nested("yarn")
+    growth = params.nested("llama_4_scaling")
     if yarn is None:
         raise params.refuse("yarn", "expected an object")
     if yarn.flag("apply_scale", True):

@@ -49,7 +49,8 @@ class IndexChanges:
         edges = [0, *starts.tolist(), len(blocks)]
         for begin, end in pairwise(edges):
             if begin < end:
-                owner, first = int(owners[begin]), int(blocks[begin])
+                owner = int(owners[begin])
+                first = int(blocks[begin])
                 tokens = later[owner] if later else b""
                 self._changes.append(self._run(requests[owner], first, first + end - begin, tokens))
 

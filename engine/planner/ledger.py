@@ -24,7 +24,10 @@ from .outbox import Entries, Outbox
 from .request import Request, State
 
 # Looking up enum members is slow.
-_NONE, _STOP, _LENGTH, _ABORT = int(Finish.NONE), int(Finish.STOP), int(Finish.LENGTH), int(Finish.ABORT)
+_NONE = int(Finish.NONE)
+_STOP = int(Finish.STOP)
+_LENGTH = int(Finish.LENGTH)
+_ABORT = int(Finish.ABORT)
 
 _T = TypeVar("_T", bound=np.generic)
 
@@ -133,7 +136,8 @@ class Ledger:
         spans = [flight.span(group.mesh.data_of_rank(result.rank)) for result in results]
         row = _joined([flight.rows[span] for span in spans])
         tokens = np.frombuffer(b"".join([result.tokens_i32 for result in results]), np.int32)
-        counts, counted = np.ones(len(row), np.int64), len(row)
+        counts = np.ones(len(row), np.int64)
+        counted = len(row)
         one_each = not any(result.counts_u8 for result in results)
         if not one_each:
             counts = _joined(
@@ -253,7 +257,8 @@ class Ledger:
         owners, index = ragged(np.maximum(written - known, 0))
         if not len(owners):
             return
-        data, pages = rows.data(row[owners]), rows.pages[row[owners], np.array(known)[owners] + index]
+        data = rows.data(row[owners])
+        pages = rows.pages[row[owners], np.array(known)[owners] + index]
         spans = zip(requests, known, written.tolist(), strict=True)
         keys = as_keys(
             b"".join(

@@ -230,7 +230,8 @@ class Planner:
             )
         for data in range(group.mesh.data):
             held = [rows.pages[row, : rows.num_pages[row]] for row in rows.of_data(data)]
-            num_pages, used = len(np.unique(np.concatenate(held))), group.kv.used()[data]
+            num_pages = len(np.unique(np.concatenate(held)))
+            used = group.kv.used()[data]
             assert num_pages == used, f"data {data}: rows hold {num_pages} pages, {used} referenced"
 
     def _announce_started(self, plan: GroupPlan) -> None:

@@ -107,7 +107,8 @@ class Prefill:
         for row in waiting:
             if budget <= 0:
                 return
-            start, each = int(rows.sent[row]), int(rows.score_bytes[row])
+            start = int(rows.sent[row])
+            each = int(rows.score_bytes[row])
             count = min(int(rows.prompt[row]) - start, budget, room // each if each else budget)
             if count:
                 yield row, start, count

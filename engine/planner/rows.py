@@ -158,7 +158,8 @@ class RowTable:
         for row in rows:
             self.request(row).row = -1
             self.requests[row] = None
-            data, slot = self.data(row), self.slot(row)
+            data = self.data(row)
+            slot = self.slot(row)
             self.num_used[data] -= 1
             self._free[data][slot % self.num_cohorts].append(slot)
 

@@ -61,7 +61,8 @@ class StepBuilder:
         flight.capacity, flight.microbatches = capacity, group.overlap.microbatches(capacity)
         flight.unheard = len(sections) * group.mesh.world // group.mesh.data
         self._retire_at_limit(flight, decoding, chunks)
-        border, first = flight.step % _REPORT_EVERY == 0, group.steps.predecessor == -1
+        border = flight.step % _REPORT_EVERY == 0
+        first = group.steps.predecessor == -1
         moves, commits = group.moves.plan(border=border, first=first)
         header = Header(
             group=group.index,

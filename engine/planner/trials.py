@@ -35,7 +35,8 @@ class Trials:
         """
         suspects = []
         for request in requests:
-            record, tokens = self._records.get(request), self._tokens(request)
+            record = self._records.get(request)
+            tokens = self._tokens(request)
             if record is None or record.tokens != tokens:
                 record = self._records[request] = _Record(0, tokens)
             record.deaths += 1

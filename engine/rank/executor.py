@@ -357,9 +357,11 @@ class Executor:
         found: list[PromptLogprobs] = []
         for number in np.flatnonzero(settings.num_prompt_logprobs[slots] >= 0).tolist():
             row, slot = rows.num_decode + number, slots[number]
-            start, end = int(rows.starts[row]), min(int(rows.ends[row]) + 1, int(settings.first_output[slot]))
+            start = int(rows.starts[row])
+            end = min(int(rows.ends[row]) + 1, int(settings.first_output[slot]))
             if end > start + 1:
-                first, top = int(rows.counts[:row].sum()), int(settings.num_prompt_logprobs[slot])
+                first = int(rows.counts[:row].sum())
+                top = int(settings.num_prompt_logprobs[slot])
                 ranks = bool(settings.prompt_ranks[slot])
                 chunk = Chunk(number, start + 1, first, self._history[slot, start + 1 : end], top, ranks)
                 found.append(score(self._parts, hidden_TD, chunk))

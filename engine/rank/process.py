@@ -101,7 +101,8 @@ def load_executor(
     device = torch.device(spec.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of this thread, which launches everything
-    config, parts = read_shape(Path(spec.model_path)), _load_parts(spec, progress)
+    config = read_shape(Path(spec.model_path))
+    parts = _load_parts(spec, progress)
     max_len = min(spec.max_len or config.max_position, config.max_position)
     claimed = _travelling(parts.dispatcher.placement, parts.expert_bytes) if spec.balance else 0
     if parts.device.type == "cuda":

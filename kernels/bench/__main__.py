@@ -87,7 +87,8 @@ def _on_card(chosen: list[Case], ledger: Ledger, limits: Limits, commit: str) ->
     from ..triton.tiles import tiles_of
     from .compile import compile_ahead
 
-    card, start = card_name(), time.monotonic()
+    card = card_name()
+    start = time.monotonic()
     compile_ahead([(case.op, case.shape, tiles_of(card, arch=card_arch())) for case in chosen])
     print(f"compiled ahead in {time.monotonic() - start:.0f} s")
     _measure(chosen, torch.device("cuda"), [ops_of("triton"), ops_of("reference")], (ledger, commit), limits)
@@ -192,7 +193,8 @@ def error_of(run: Callable[[], object], expected: Callable[[], object]) -> str:
     of chosen positions that are others; empty if there is nothing to compare.
     """
     try:
-        result, wanted = run(), expected()
+        result = run()
+        wanted = expected()
         if isinstance(result, Selection) and isinstance(wanted, Selection):
             return f"{_missed(result.places_NK, wanted.places_NK):.1e}"
         pairs = list(zip(_parts(result), _parts(wanted), strict=True))

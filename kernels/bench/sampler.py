@@ -48,7 +48,9 @@ def _logits(device: torch.device, rows: int) -> Tensor:
 
 def _sample(rows: int, row: tuple[float, int, float, float]) -> Make:
     def make(device: torch.device) -> Call:
-        logits, seeds, positions = _logits(device, rows), np.arange(rows), np.arange(rows) * 17
+        logits = _logits(device, rows)
+        seeds = np.arange(rows)
+        positions = np.arange(rows) * 17
         dtypes = (np.float32, np.int64, np.float32, np.float32)
         params = SamplingParams(
             *(np.full(rows, value, dtype) for value, dtype in zip(row, dtypes, strict=True))
@@ -79,7 +81,8 @@ def _sample(rows: int, row: tuple[float, int, float, float]) -> Make:
 
 def _logprobs(rows: int) -> Make:
     def make(device: torch.device) -> Call:
-        logits, tokens = _logits(device, rows), torch.arange(rows, device=device)
+        logits = _logits(device, rows)
+        tokens = torch.arange(rows, device=device)
         return Call(lambda ops: lambda: ops.logprobs(logits, tokens, _LIKELIEST), rows * VOCABULARY * 4.0)
 
     return make
@@ -90,7 +93,8 @@ def _edit_logits(rows: int) -> Make:
 
     def make(device: torch.device) -> Call:
         logits = _logits(device, rows)
-        owners, biased = np.repeat(np.arange(rows), _COUNTED), np.repeat(np.arange(rows), _BIASED)
+        owners = np.repeat(np.arange(rows), _COUNTED)
+        biased = np.repeat(np.arange(rows), _BIASED)
         edits = LogitEdits(
             counted_rows_N=owners,
             counted_tokens_N=np.tile(np.arange(_COUNTED) * 71, rows),
@@ -133,7 +137,8 @@ def _edit_logits(rows: int) -> Make:
 
 def _allow_only(rows: int) -> Make:
     def make(device: torch.device) -> Call:
-        logits, owners = _logits(device, rows), np.arange(rows)
+        logits = _logits(device, rows)
+        owners = np.arange(rows)
         dice = np.random.default_rng(0)
         bits = dice.integers(-(2**31), 2**31, (rows, VOCABULARY // 32), np.int64).astype(np.int32)
 

@@ -41,7 +41,8 @@ def gate(
 def leave_out_padding(ids_TK: Tensor, weights_TK: Tensor, counts: GateCounts) -> tuple[Tensor, Tensor]:
     """Applies ``counts`` to a choice of experts."""
     padding_T1 = torch.arange(len(ids_TK), device=ids_TK.device)[:, None] >= counts.num_tokens
-    ids_TK, weights_TK = ids_TK.masked_fill(padding_T1, -1), weights_TK.masked_fill(padding_T1, 0.0)
+    ids_TK = ids_TK.masked_fill(padding_T1, -1)
+    weights_TK = weights_TK.masked_fill(padding_T1, 0.0)
     counts.counts_E.add_(expert_counts(ids_TK, len(counts.counts_E)))
     return ids_TK, weights_TK
 

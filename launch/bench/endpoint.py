@@ -83,7 +83,9 @@ async def timed(endpoint: Endpoint, question: Question, due: float, clock: Clock
     """Sends a request and times its chunks. A failure is part of the result."""
     body = question.body(endpoint.model)
     chunks: list[float] = []
-    events, usage, counted = EventReader(), StreamUsage(), 0
+    events = EventReader()
+    usage = StreamUsage()
+    counted = 0
     sent = clock()
     try:
         async with ask(endpoint.server, "POST", "/v1/completions", body) as answer:

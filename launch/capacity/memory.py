@@ -88,7 +88,8 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
     empty = slots * (places - shape.moe.num_experts - setup.redundant) // places
     table = -(-shape.vocab_size // tensor) * shape.hidden * item
     tables = stage.first + (stage.last and not (stage.first and shape.tie_embeddings))
-    absorbed, indexers = shape.absorbed_params(tensor), shape.num_indexers(stage.layers)
+    absorbed = shape.absorbed_params(tensor)
+    indexers = shape.num_indexers(stage.layers)
     linear = stored_bytes(
         shape.split_attention_params(tensor) - absorbed, setup.layer_format(*shape.attention_cuts(tensor))
     )

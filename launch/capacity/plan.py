@@ -238,7 +238,8 @@ def _memory_misfits(setup: Setup, ranks: tuple[RankCapacity, ...]) -> list[str]:
     for rank in ranks:
         memory = rank.memory
         if memory.weights.total + memory.reserve > setup.rank_memory:
-            need, have = size_text(memory.weights.total), size_text(setup.rank_memory)
+            need = size_text(memory.weights.total)
+            have = size_text(setup.rank_memory)
             return [f"weights: {need} on a rank that has {have}; {_more_ranks(setup)}"]
         if not memory.num_pages:
             page = f"{rank.page_bytes} bytes ({setup.page_size} tokens)"

@@ -88,7 +88,9 @@ class Load:
         target, request, record = self._target, self._trace.requests[number], self.record
         body = request_body(self._trace, number, target.model, target.vocab_size)
         record.begin(request.seconds, self._now())
-        events, usage, count = EventReader(), StreamUsage(), 0
+        events = EventReader()
+        usage = StreamUsage()
+        count = 0
         first = last = 0.0
         async with ask(target.server, "POST", "/v1/completions", body) as answer:
             async for part in answer.parts():

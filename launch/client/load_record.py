@@ -74,7 +74,9 @@ class LoadRecord:
         self.examples: dict[str, str] = {}
         self.gaps = GapCounts()
         self.input_tokens = self.output_tokens = self.measured_input_tokens = self.cached_tokens = 0
-        self._first, self._rates, self._late = array("d"), array("d"), array("d")
+        self._first = array("d")
+        self._rates = array("d")
+        self._late = array("d")
         self._last = 0.0
 
     @property

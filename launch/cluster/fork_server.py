@@ -135,7 +135,8 @@ class _Server:
             self._line.close()
             for descriptor in (self._woken, self._waker):
                 os.close(descriptor)
-            nothing, log = os.open(os.devnull, os.O_RDONLY), open_log(Path(request.log))
+            nothing = os.open(os.devnull, os.O_RDONLY)
+            log = open_log(Path(request.log))
             for source, target in ((nothing, 0), (log, 1), (log, 2)):
                 os.dup2(source, target)
             os.close(nothing)
@@ -162,7 +163,8 @@ def main() -> NoReturn:
     leave_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
     log_to_stderr("fork-server")
-    line, begin = Connection(os.dup(0)), time.monotonic()
+    line = Connection(os.dup(0))
+    begin = time.monotonic()
     importlib.import_module(module)
     _LOG.info("has imported %s in %.1f s, with process id %d", module, time.monotonic() - begin, os.getpid())
     gc.collect()

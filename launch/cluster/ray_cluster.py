@@ -124,8 +124,10 @@ class RayCluster:
                 self._hold(task, task.node, attempts=1)
 
     def _hold(self, task: Task, node: int, attempts: int) -> None:
-        actor, number = self._host_in(self._rooms.of_ranks[node]), next(self._numbers)
-        placed, ended = actor.start.remote(number, task), actor.wait.remote(number)
+        actor = self._host_in(self._rooms.of_ranks[node])
+        number = next(self._numbers)
+        placed = actor.start.remote(number, task)
+        ended = actor.wait.remote(number)
         self._held[task.name] = _Held(task, node, actor, number, placed, ended, attempts)
 
     def _host_in(self, room: Room) -> Any:

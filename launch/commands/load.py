@@ -113,7 +113,8 @@ async def _measure(server: Server, trace: Trace, max_open: int, wanted: str | No
 
     model = str((await served_model(server, wanted))["id"])
     target = Target(server, model, await vocabulary_size(server))
-    made, screen = Load(target, trace, max_open), LoadProgress(messages())
+    made = Load(target, trace, max_open)
+    screen = LoadProgress(messages())
     try:
         with stop_event() as stop:
             complete = await made.run(stop, screen.show)

@@ -29,7 +29,8 @@ class Quarantine:
         ``DEATHS`` ranks died there within ``WINDOW_SECONDS``, and more than twice as many as on all
         other nodes. Its count begins anew.
         """
-        now, last = self._clock(), dict[int, Death]()
+        now = self._clock()
+        last = dict[int, Death]()
         for death in deaths:
             if death.task.node is None or death.lost_with or death.spent:
                 continue

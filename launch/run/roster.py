@@ -72,7 +72,8 @@ class Roster:
         ``deadline`` seconds.
         """
         finished = done or (lambda report: report.phase == "ready")
-        missing, end = set(names), time.monotonic() + deadline
+        missing = set(names)
+        end = time.monotonic() + deadline
         while missing:
             self._interrupts.check()
             self.read(_POLL)

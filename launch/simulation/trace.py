@@ -129,7 +129,8 @@ def read_trace(text: str, limit: int | None = None, speed: float = 1.0, block: i
         found = list(_read(Path(text).expanduser(), limit, block))
     if not found:
         raise TraceError(f"--trace {text}: holds no request")
-    first, last = min(request.seconds for request in found), max(request.seconds for request in found)
+    first = min(request.seconds for request in found)
+    last = max(request.seconds for request in found)
     span = (last - first) / speed
     if not span <= _LONGEST:
         problem = f"its requests arrive over {span:g} s at --speed {speed:g}"

@@ -95,7 +95,8 @@ def balance(loads_LE: ArrayLike, placement: Placement, limits: Limits = Limits()
     assert len(node_W) == placement.num_ranks, f"{len(node_W)} nodes for {placement.num_ranks} ranks"
     state = Layers(loads_LE, placement.experts_LWS[:, alive])
     _restore(state)
-    before_LP, was_L = state.experts_LP.copy(), state.maximum_L()
+    before_LP = state.experts_LP.copy()
+    was_L = state.maximum_L()
     if len(alive) > 1:
         _Search(state, limits, node_W[alive]).run()
     worse_L = state.maximum_L() >= was_L - _LEAST
@@ -253,7 +254,8 @@ def _stay(old_LWS: NDArray[np.int32], new_LWS: NDArray[np.int32]) -> NDArray[np.
     layers, ranks = np.unique(np.stack([layers, ranks])[:, elsewhere], axis=1)
     old_NS, new_NS = old_LWS[layers, ranks], new_LWS[layers, ranks]
     same_NSS = (old_NS[:, :, None] == new_NS[:, None]) & (new_NS != EMPTY)[:, None]
-    stays_NS, comes_NS = same_NSS.any(axis=2), (new_NS != EMPTY) & ~same_NSS.any(axis=1)
+    stays_NS = same_NSS.any(axis=2)
+    comes_NS = (new_NS != EMPTY) & ~same_NSS.any(axis=1)
     merged_NS = np.where(stays_NS, old_NS, EMPTY)
     # The n-th expert that comes goes to the n-th slot that is free.
     into = np.argsort(stays_NS, axis=1, kind="stable")

@@ -86,7 +86,8 @@ class Exchanges:
         scale_L1 = np.maximum(self._least_L, 0.05).astype(np.float32)[:, None]
         own_SLW = self._receipts_SLW + self._left_SLW / scale_L1
         density_LP = np.repeat(1 / scale_L1, self._widths_LP.shape[1], axis=1)
-        momentum_LP, units_LP = np.zeros_like(density_LP), (_UNIT * self._widths_LP).astype(np.float32)
+        momentum_LP = np.zeros_like(density_LP)
+        units_LP = (_UNIT * self._widths_LP).astype(np.float32)
         stays_LW = (~self._hot_LW).astype(np.float32)
         for heat in np.geomspace(_HOT, _COLD, _ROUNDS).astype(np.float32):
             costs_SLW = self._costs(own_SLW, density_LP * units_LP)
@@ -127,7 +128,8 @@ class Exchanges:
         widths = (_UNIT * self._widths_LP).astype(np.int64).ravel()
         # More load to cover costs where nothing is spare; more cover gains where some is missing.
         full = len(widths) + 1
-        new_LW, old_LW = np.where(hot_LW, full, 0), np.where(hot_LW, 0, full)
+        new_LW = np.where(hot_LW, full, 0)
+        old_LW = np.where(hot_LW, 0, full)
         low_new_SLW, high_new_SLW = low_SLW + new_LW, high_SLW + new_LW
         sign_LW = np.where(hot_LW, 1, -1)
         receipt_L1 = (_RECEIPT * self._least_L[:, None]).astype(np.float32)
@@ -140,7 +142,8 @@ class Exchanges:
             ends = np.bincount(was_high_LW.ravel(), sign_LW.ravel(), full)
             ends -= np.bincount(was_low_LW.ravel(), sign_LW.ravel(), full)
             spare = _below(ends)[1:-1]
-            missing, needed = _below(widths * (spare < 0)), _below(widths * (spare <= 0))
+            missing = _below(widths * (spare < 0))
+            needed = _below(widths * (spare <= 0))
             both, equal = np.concatenate([missing, needed]), needed - missing
             keeps_LW = both.take(was_high_LW + old_LW) - both.take(was_low_LW + old_LW)
             change_SLW = both.take(high_new_SLW)
@@ -175,7 +178,8 @@ class Exchanges:
         slots_LW = np.arange(state.num_ranks) * state.num_slots + chosen_LW
         experts_LW = at(state.experts_LP[self._rows], slots_LW.clip(0))
         ranks_LW = (-room_LW).argsort(axis=1, kind="stable")
-        into_LW, leaves_LW = at(slots_LW, ranks_LW), at(experts_LW, ranks_LW)
+        into_LW = at(slots_LW, ranks_LW)
+        leaves_LW = at(experts_LW, ranks_LW)
         comes_LW = at(experts_LW, (-given_LW).argsort(axis=1, kind="stable"))
         numbers = (chosen_LW >= 0).sum(axis=1)
         taken_LW = np.arange(state.num_ranks) < numbers[:, None]

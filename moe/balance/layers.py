@@ -93,7 +93,8 @@ class Layers:
             middle_L = (low_L + high_L) / 2
             parts_L = np.ceil(self.loads_LE / middle_L[:, None]).clip(1).sum(axis=1) - 1
             fits_L = parts_L <= self.experts_LP.shape[1]
-            low_L, high_L = np.where(fits_L, low_L, middle_L), np.where(fits_L, middle_L, high_L)
+            low_L = np.where(fits_L, low_L, middle_L)
+            high_L = np.where(fits_L, middle_L, high_L)
         return np.asarray(high_L, np.float64)
 
     def received(self, layers: Ints, slots: Ints, experts: Ints) -> Ints:

@@ -35,7 +35,8 @@ def places_by_turn(placement: Placement, source: int, node_W: Sequence[int] | No
     np.add.at(counts_LE, (each, flat_LP + 1), 1)
     if counts_LE[:, 1:].max(initial=0) <= 1:
         return homes_LE1
-    sorted_LP, firsts_LE = np.argsort(flat_LP, axis=1, kind="stable"), np.cumsum(counts_LE, axis=1)
+    sorted_LP = np.argsort(flat_LP, axis=1, kind="stable")
+    firsts_LE = np.cumsum(counts_LE, axis=1)
     nodes = np.zeros(placement.num_ranks, np.int64) if node_W is None else np.array(node_W, np.int64)
     places_LEC = np.repeat(homes_LE1, TURNS, axis=2)
     for num in np.unique(counts_LE[:, 1:][counts_LE[:, 1:] > 1]).tolist():
@@ -58,7 +59,8 @@ def share_turns(ranks_XR: Ints, node_W: Ints, source: int) -> Ints:
     num_experts, num_replicas = ranks_XR.shape
     shares_R, more = np.divmod(TURNS * len(node_W), np.full(num_replicas, num_replicas))
     left_R = shares_R + (np.arange(num_replicas) < more) - TURNS
-    every, turns_C = np.arange(num_experts), np.arange(TURNS)
+    every = np.arange(num_experts)
+    turns_C = np.arange(TURNS)
     node_XR, here = node_W[ranks_XR], node_W[source]
     free_XW = np.ones((num_experts, len(node_W)), np.bool_)
     free_XW[every[:, None], ranks_XR] = False

@@ -69,7 +69,8 @@ def _least(loads_LW: Floats, num: int) -> Ints:
 def scarcity(ranks_LW: Floats, target_L: Floats) -> Floats:
     """Scarcity of room below the target: load above it / room below it, from 0 to 1."""
     above_LW = ranks_LW - target_L[:, None]
-    above_L, room_L = above_LW.clip(0).sum(axis=1), (-above_LW).clip(0).sum(axis=1)
+    above_L = above_LW.clip(0).sum(axis=1)
+    room_L = (-above_LW).clip(0).sum(axis=1)
     return np.asarray(above_L / np.maximum(np.maximum(above_L, room_L), np.finfo(np.float64).tiny))
 
 
@@ -188,7 +189,8 @@ class Search:
         largest, second = np.full((2, len(self._each) * num_columns), -np.inf, np.float32)
         np.maximum.at(largest, keys, loads)
         # The last of equal experts is the most loaded; its largest twin is the second.
-        first, numbers = np.empty(largest.shape, np.int64), np.arange(len(keys))
+        first = np.empty(largest.shape, np.int64)
+        numbers = np.arange(len(keys))
         equal = np.flatnonzero(loads == largest.take(keys))
         first[keys[equal]] = equal
         is_first = first.take(keys) == numbers

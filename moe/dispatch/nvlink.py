@@ -71,7 +71,8 @@ class NvlinkExchange(CapacityExchange):
         lane = next(lane for lane in self._lanes if lane.free)
         places_TK = self._places_TK(ids_TK, layer)
         tokens, *scales = (part.contiguous() for part in self._form.of(normed))
-        ids, weights = places_TK.to(torch.int32), weights_TK.contiguous()
+        ids = places_TK.to(torch.int32)
+        weights = weights_TK.contiguous()
         lane.free, lane.kept = False, (tokens, ids, weights, *scales)
 
         def send() -> None:

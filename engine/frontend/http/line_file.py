@@ -86,7 +86,8 @@ class LineFile:
         """Opens the file, again if the path names another one by now."""
         if self._descriptor >= 0:
             try:
-                now, ours = os.stat(self._path), os.fstat(self._descriptor)
+                now = os.stat(self._path)
+                ours = os.fstat(self._descriptor)
                 if (now.st_dev, now.st_ino) == (ours.st_dev, ours.st_ino):
                     return
             except FileNotFoundError:

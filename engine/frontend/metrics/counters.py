@@ -132,7 +132,8 @@ class Counters:
         named = {name: histogram.pack() for name, histogram in (self.histograms | self.sizes).items()}
         http = [(*labels, count) for labels, count in self.http.items()]
         seconds = [(*labels, *histogram.pack()) for labels, histogram in self.http_seconds.items()]
-        finishes, dropped = dict(self.finishes), dict(self.dropped)
+        finishes = dict(self.finishes)
+        dropped = dict(self.dropped)
         return _encode(Packed(at, open, number, state, named, finishes, http, seconds, dropped))
 
     def add(self, packed: Packed) -> None:

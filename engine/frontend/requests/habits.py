@@ -160,7 +160,8 @@ def _learn_thinking(codec: Codec) -> Thinking:
         for name, text in off.items()
         if text is not None and text != _probe(codec, [USER], None, **{name: True})
     )
-    none, plain = _probe(codec, [USER], reasoning_effort="none"), _probe(codec, [USER])
+    none = _probe(codec, [USER], reasoning_effort="none")
+    plain = _probe(codec, [USER])
     return Thinking(
         switches,
         reads_none=none is not None and none != _probe(codec, [USER], reasoning_effort="high"),
