@@ -207,6 +207,12 @@ class Group:
             if self.rows.state[row] in (State.PRELOADING, State.READY):
                 self.queue.put_back(self.unreserve(row))
 
+    def shrink(self, data: int, num_pages: int) -> list[Request]:
+        """Lowers the pool size of ``data``. Returns the open requests that no longer fit into it."""
+        self.kv.shrink(data, num_pages)
+        self.max_len = min(self.max_len, num_pages * self.page_size)
+        return [request for request in self.open.values() if request.limit > self.max_len]
+
     def forget_blocks(self, data: int, last_step: int) -> None:
         """Removes blocks of ``data`` planned after ``last_step`` from the index and from what is
         published: they may never have been written.

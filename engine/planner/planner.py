@@ -159,20 +159,17 @@ class Planner:
         self.group.moves.placed(version)
 
     def move_experts(self, moves: Sequence[Transfer]) -> None:
-        """Later plans start these moves, one after another, and commit them."""
+        """Lets later plans start these moves, one after another, and commit them."""
         self.group.moves.offer(moves)
 
     def shrink(self, data: int, num_pages: int) -> None:
         """Lowers the pool size of ``data``, which runs nothing, to that of its new rank. Ends
         requests that no longer fit into every pool.
         """
-        group = self.group
-        group.kv.shrink(data, num_pages)
-        group.max_len = min(group.max_len, num_pages * group.page_size)
-        for request in [request for request in group.open.values() if request.limit > group.max_len]:
-            reason = (
-                f"A rank was replaced by one whose KV cache holds {group.max_len} tokens, fewer than before"
-            )
+        too_long = self.group.shrink(data, num_pages)
+        most = self.group.max_len
+        for request in too_long:
+            reason = f"A rank was replaced by one whose KV cache holds {most} tokens, fewer than before"
             self._ledger.fail(request, reason)
 
     def adopt(self, data: int, pages_i32: bytes, hashes_h128: bytes) -> None:
