@@ -56,7 +56,7 @@ class Collectives:
     A group can meet with some of its positions *vacant*: what is sent to one comes back to the
     sender, and it contributes nothing to a sum. The first word of ``name`` is the group's role.
     ``waited``: seconds that the host spent in waits. ``listener`` hears of each. ``device_waits``,
-    if set, notes those of a device instead.
+    if set, adds up those of a device instead.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Collectives:
         self.size = size
         self.waited = 0.0
         self.listener: Listener | None = None
-        self.device_waits: DeviceWaits[Any] | None = None
+        self.device_waits: DeviceWaits | None = None
         self._name = name
         self.store = store
         self._deadline = timedelta(seconds=deadline)
@@ -270,7 +270,8 @@ class Collectives:
         if pending.work is None:
             return self._spread(pending)
         start, waits = time.perf_counter(), self.device_waits
-        began = None if waits is None else waits.begin()
+        if waits is not None:
+            waits.begin(self.role)
         try:
             pending.work.wait()
         except RuntimeError as error:
@@ -283,7 +284,7 @@ class Collectives:
         if waits is None:
             self.waited += end - start
         else:
-            waits.end(self.role, began)
+            waits.end(self.role)
         if self.listener is not None:
             self.listener(self.role, start, end)
         return self._spread(pending)

@@ -5,7 +5,6 @@ ends with it, and its replacement meets the others. The recovery grade is a rest
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -32,7 +31,7 @@ class OneEpochGroup:
     def __init__(self, name: str, index: int, size: int, store: Store, device: torch.device) -> None:
         self.index, self.size, self.waited = index, size, 0.0
         self.listener: Listener | None = None  # the device waits, not the host
-        self.device_waits: DeviceWaits[Any] | None = None
+        self.device_waits: DeviceWaits | None = None
         self._name, self._store, self._device = name, store, device
         self._met, self._rehearses = False, False
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -84,10 +83,11 @@ class OneEpochGroup:
         if started is None:
             return
         waits = self.device_waits
-        began = None if waits is None else waits.begin()
+        if waits is not None:
+            waits.begin(self.role)
         torch.cuda.current_stream(self._device).wait_event(started)
         if waits is not None:
-            waits.end(self.role, began)
+            waits.end(self.role)
 
     @property
     def _group(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 from .collectives import CollectiveError, Listener
 from .device_waits import DeviceWaits
@@ -16,7 +16,7 @@ class EpochGroup(Protocol):
     """A group of ranks that meets anew in every epoch."""
 
     listener: Listener | None
-    device_waits: DeviceWaits[Any] | None
+    device_waits: DeviceWaits | None
 
     @property
     def size(self) -> int: ...
@@ -88,8 +88,13 @@ class RankGroups:
         for group in self._groups:
             group.listener = listener
 
-    def note_waits(self, waits: DeviceWaits[Any]) -> None:
-        """Waits of the device in all groups are noted by ``waits`` from now on."""
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The role of each group."""
+        return tuple(group.role for group in self._groups)
+
+    def time_waits(self, waits: DeviceWaits) -> None:
+        """Waits of the device in all groups are added up by ``waits`` from now on."""
         for group in self._groups:
             group.device_waits = waits
 

@@ -208,7 +208,7 @@ class Group:
                 self.queue.put_back(self.unreserve(row))
 
     def shrink(self, data: int, num_pages: int) -> list[Request]:
-        """Lowers the pool size of ``data``. Returns the open requests that no longer fit into it."""
+        """Lowers the pool size of ``data``. Returns the open requests that no longer fit."""
         self.kv.shrink(data, num_pages)
         self.max_len = min(self.max_len, num_pages * self.page_size)
         return [request for request in self.open.values() if request.limit > self.max_len]

@@ -158,7 +158,7 @@ def _rows(
 # captured.
 READS_ON_HOST = ("sample", "edit_logits", "allow_only", "copy_pages", "permute", "gate")
 # These ops change their input, so two results need not agree.
-IN_PLACE = ("edit_logits", "allow_only", "copy_pages")
+IN_PLACE = ("edit_logits", "allow_only", "copy_pages", "add_time")
 
 
 def _timed_row(

@@ -63,6 +63,7 @@ def cases() -> Iterator[Case]:
             size = f"{name}: {rows} x {inner} to {outer}"
             yield Case("linear_fp8", size, _linear_fp8(rows, inner, outer), small=rows == 1)
     yield Case("copy_pages", "64 pages of 64 x 576, 61 layers", _copy_pages, small=True)
+    yield Case("add_time", "a launch", _add_time)
     yield Case("from_e4m3", "64 M values", _from_e4m3, small=True, card=False)
 
 
@@ -400,6 +401,12 @@ def _copy_pages(device: torch.device) -> Call:
         lambda ops: lambda: ops.copy_pages(caches, order[:64], order[64:128], PAGE_SIZE),
         61 * 64 * PAGE_SIZE * 576 * 4.0,
     )
+
+
+def _add_time(device: torch.device) -> Call:
+    """The cost of a launch: of two for each wait that is timed."""
+    totals = torch.zeros(8, dtype=torch.int64, device=device)
+    return Call(lambda ops: lambda: ops.add_time(totals, 0, 1), 16.0)
 
 
 def _from_e4m3(device: torch.device) -> Call:

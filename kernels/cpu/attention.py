@@ -27,6 +27,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import cpu_isa
 from ..reference import attention
 from ..reference.attention import PLAIN_RULE, AttentionRule
 from ..reference.kv_entries import holds_fp8, num_kv_heads
@@ -40,7 +41,7 @@ from .views import rows_of
 
 _SPLIT = 512  # positions of a decode row in one item
 # rows of an extend's item: they share one layout of the keys, and their sums stay in the L2 cache
-_ROWS = 256
+_ROWS = 512 if cpu_isa.here() == "amx" else 256
 _ITEMS = 8  # per thread when rows are few, so that threads share evenly
 _LAYING_OUT = 16  # cost of laying out a position, in rows of products with it
 

@@ -18,8 +18,16 @@ from torch import Tensor
 from ..cpu_isa import COLUMNS
 from ..reference.experts import PLAIN_FORM, ExpertForm, activate
 from .codegen.amx import begin_tiles, end_tiles
-from .codegen.arrays import array, exp, inner, narrow
-from .codegen.block_rows import lay_out, room_for_rows
+from .codegen.arrays import array, inner, keep, narrow
+from .codegen.block_rows import (
+    first_between,
+    lay_out,
+    place_between,
+    room_between,
+    room_for_rows,
+    stride_between,
+    write_silu_row,
+)
 from .codegen.block_tiles import BLOCKS, multiply
 from .codegen.blocks import (
     STRETCH,
@@ -27,10 +35,12 @@ from .codegen.blocks import (
     block_bytes,
     first_block,
     multiply_slots,
+    next_item,
+    run_length,
     stretches,
 )
 from .codegen.crew import num_threads
-from .codegen.threads import parts, share_out, take_item
+from .codegen.threads import parts, share_out
 from .expert_form import clamped_mul, form_of
 from .linear import NO_PLACES, multiply_into
 from .norm import silu_mul
@@ -125,33 +135,50 @@ def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, fo
         for m in range(len(slots_M)):
             if slots_M[m] < 0:
                 y_MD[m] = 0
-    inner_MF = np.empty((len(order_M), width), np.uint16)
-    given = x, x_stride, rows_M, order_M, stretches(ends_S), w13, y_MD.shape[1] // 2, np.zeros(1, np.int64)
-    share_out(_inner, num_threads, (*given, form, inner_MF), False)
+    stretches_I = stretches(ends_S)
+    between = room_between(len(order_M), len(stretches_I), width, y_MD)
+    given = x, x_stride, rows_M, order_M, stretches_I, w13, y_MD.shape[1] // 2, np.zeros(1, np.int64)
+    share_out(_inner, num_threads, (*given, form, width, between, num_threads), False)
+    place, stride = np.int64(between.ctypes.data), stride_between(width, between)
     pairs = order_M[:0], order_M, ends_S
-    multiply_slots(
-        np.int64(inner_MF.ctypes.data), 2 * width, w2, width // 2, pairs, form.down_bias, y_MD, num_threads
-    )
+    multiply_slots(place, stride, w2, width // 2, pairs, form.down_bias, y_MD, num_threads)
+    keep(between)
 
 
 @inner(error_model="numpy")
-def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_units, counter, form, inner_MF):
-    """The activation for the pairs in order. A panel is two blocks of gate columns and the same
-    two of up.
+def _inner(
+    begin,
+    end,
+    x,
+    x_stride,
+    rows_M,
+    order_M,
+    stretches_I,
+    w13,
+    num_units,
+    counter,
+    form,
+    full,
+    between,
+    num_threads,
+):
+    """The activation [M, ``full``] for the pairs in order, written to ``between``. A panel is two
+    blocks of gate columns and the same two of up.
     """
     sums, rows, blocks = (
         np.empty((STRETCH, BLOCKS * COLUMNS), np.float32),
         np.empty(STRETCH, np.int64),
         np.empty(BLOCKS, np.int64),
     )
-    room, laid_out = room_for_rows(min(STRETCH, len(inner_MF)), num_units, inner_MF), -1
+    room, laid_out = room_for_rows(min(STRETCH, len(order_M)), num_units, between), -1
     bias_SF, clamped, alpha, limit = form.up_bias, form.clamped, form.alpha, form.limit
-    full, half = inner_MF.shape[1], _HALF * COLUMNS
+    half = _HALF * COLUMNS
     num_blocks = full // COLUMNS
     panels = parts(num_blocks, _HALF)
-    item = take_item(counter)
+    run = run_length(panels, stretches_I, len(order_M), num_threads)
+    item = next_item(-1, run, counter)
     while item < panels * len(stretches_I):
-        following = take_item(counter)
+        following = next_item(item, run, counter)
         here = first_block(item, panels, stretches_I, 2 * num_blocks, _HALF)
         there = first_block(following, panels, stretches_I, 2 * num_blocks, _HALF)
         panel = item % panels
@@ -164,27 +191,22 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_units
         if item // panels != laid_out:
             for r in range(length):
                 rows[r] = x + rows_M[order_M[start + r]] * x_stride
-            lay_out(rows, length, num_units, room, inner_MF)
-            begin_tiles(inner_MF, length)
+            lay_out(rows, length, num_units, room, between)
+            begin_tiles(between, length)
             laid_out = item // panels
-        multiply(length, sums, rows, blocks, num_units, (there - here) * block_bytes(num_units), inner_MF)
+        multiply(length, sums, rows, blocks, num_units, (there - here) * block_bytes(num_units), between)
+        first = first_between(start, item // panels, between)
         for r in range(length):
             if len(bias_SF):
                 add_bias(sums[r], bias_SF[slot, column : column + width])
                 add_bias(sums[r, half:], bias_SF[slot, full + column : full + column + width])
+            row, place = place_between(first + r, column, full, between)
             if clamped:
-                _clamped_mul(sums[r], inner_MF[start + r, column : column + width], alpha, limit)
+                _clamped_mul(sums[r], between[row, place : place + width], alpha, limit)
             else:
-                _silu_mul(sums[r], inner_MF[start + r, column : column + width])
+                write_silu_row(sums, r, between, row, place, width)
         item = following
-    end_tiles(inner_MF)
-
-
-@inner(error_model="numpy")
-def _silu_mul(gate_up, out):
-    for n in range(len(out)):
-        gate = gate_up[n]
-        out[n] = narrow(gate / (np.float32(1) + exp(-gate)) * gate_up[_HALF * COLUMNS + n], out)
+    end_tiles(between)
 
 
 @inner(error_model="numpy")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import (
     attention,
+    clock,
     experts as expert_ops,
     four_bit,
     fp8,
@@ -87,6 +88,7 @@ class Reference:
     allow_only = staticmethod(sampling.allow_only)
     sample_slots = staticmethod(sampling.sample_slots)
     copy_pages = staticmethod(paged.copy_pages)
+    add_time = staticmethod(clock.add_time)
 
     @staticmethod
     def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64]) -> Tensor:

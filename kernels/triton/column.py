@@ -15,6 +15,7 @@ from ..reference.paged import PagedBatch, Selection
 from ..reference.sublayers import Product, Projection, Residual, RowNorm
 from . import (
     attention,
+    clock,
     draw,
     experts as expert_ops,
     experts_four_bit,
@@ -160,3 +161,4 @@ class Triton(Reference):
     sample_slots = staticmethod(draw.sample_slots)
     logprobs = staticmethod(sampling.logprobs)
     copy_pages = staticmethod(pages.copy_pages)
+    add_time = staticmethod(clock.add_time)

@@ -60,7 +60,7 @@ class DeviceExecutor(Executor):
     """An executor whose steps are under way until ``take`` finds them done. ``max_tokens``: most
     tokens of a step. ``recorder``: captures decode steps; None: none is captured. A step that has
     not ended ``deadline`` seconds after it was handed over has lost a peer. On a GPU, times of
-    steps are the device's; waits in a captured step are not known, so they count as its own time.
+    steps and of waits are the device's.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class DeviceExecutor(Executor):
         )
         self._lives = np.zeros(num_slots, np.int64)  # admissions of each slot
         self._under_way: deque[UnderWay] = deque()
-        self._waits = DeviceWaits(lambda: mark(parts.device))
+        self._waits = DeviceWaits(parts.groups.roles, parts.device, parts.model.ops.add_time)
         if parts.device.type == "cuda":
-            parts.groups.note_waits(self._waits)
+            parts.groups.time_waits(self._waits)
 
     # ----------------------------------------------------------------- the contract
 
@@ -97,6 +97,7 @@ class DeviceExecutor(Executor):
         super().begin_epoch(epoch, vacant)
         try:
             self._captured.begin_epoch()
+            self._waits.clear()  # of captures, and of a peer that was lost
             self._parts.groups.check()
         except CollectiveError as error:
             self.end_epoch()
@@ -111,6 +112,7 @@ class DeviceExecutor(Executor):
         parts.groups.rehearse()
         try:
             with torch.inference_mode():
+                self._waits.clear()
                 max_len = self._history.shape[1]
                 compute_first_steps(parts, self._slots, self._forward, self._max_tokens, max_len)
                 self._captured.begin_epoch()
@@ -166,7 +168,6 @@ class DeviceExecutor(Executor):
         start, waited, stalled = time.perf_counter(), self._parts.groups.waited, self._parts.links.waited
         header, section, parts = plan.header, plan.section, self._parts
         began = mark(parts.device)
-        self._waits.take()  # of first steps and captures
         self._take_expected(header, section)
         self._apply(header, section)
         rows = self._table.rows(header, section)
@@ -191,14 +192,13 @@ class DeviceExecutor(Executor):
             plan=plan,
             outline=self._outline(header, rows, draws, scores),
             drawing=drawing,
-            fetched=self._download.fetch(fetched),
+            fetched=self._download.fetch([*fetched, self._waits.totals_R]),
             began=began,
             ended=ended,
             since=time.monotonic(),
             handed_over=time.perf_counter() - start,
             waited=parts.groups.waited - waited,
             stalled=parts.links.waited - stalled,
-            waits=self._waits.take(),
         )
         if header.counts:
             parts.dispatcher.counts_LS.zero_()
@@ -320,7 +320,8 @@ class DeviceExecutor(Executor):
         they mean nothing.
         """
         step = self._under_way.popleft()
-        arrays, drawing, header = step.fetched.wait(), step.drawing, step.plan.header
+        *arrays, totals_R = step.fetched.wait()
+        drawing, header = step.drawing, step.plan.header
         self._parts.groups.check()
         sampled = NOTHING
         if self._parts.links.stage.last and len(drawing.slots):
@@ -329,15 +330,14 @@ class DeviceExecutor(Executor):
         blocks.publish(step.plan.section)
         for later in self._under_way:  # begun since: what they write is no longer what it was
             blocks.overwrite(later.plan.section)
-        waits = [(each.role, seconds_between(each.began, each.ended, 0.0)) for each in step.waits]
-        links = self._parts.links
+        waits, links = self._waits.since(totals_R), self._parts.links
         result = with_tokens(
             step.outline,
             sampled,
             expert_i64=arrays[-1].tobytes() if header.counts else b"",
-            waited=step.waited + sum(seconds for _, seconds in waits),
+            waited=step.waited + sum(waits.values()),
             seconds=seconds_between(step.began, step.ended, step.handed_over),
-            stalled=step.stalled + sum(seconds for role, seconds in waits if role in links.roles),
+            stalled=step.stalled + sum(waits[role] for role in {*links.roles}),
         )
         self._done.append((result, step.spans))
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ....parallel.device_waits import DeviceWait
 from ...protocol.arrays import Int64
 from ...protocol.plan import StepPlan
 from ...protocol.results import StepResult
@@ -41,8 +40,9 @@ class Drawing:
 @dataclass(frozen=True)
 class UnderWay:
     """A step that the device has been given. ``fetched``: tokens; then chosen, ids and values of
-    the most likely ones, if any row asks; then the tokens of expert slots, if the plan does.
-    ``since``: monotonic seconds. ``waited`` and ``stalled`` of the host; ``waits`` of the device.
+    the most likely ones, if any row asks; then the tokens of expert slots, if the plan does; then
+    the totals of ``DeviceWaits``. ``since``: monotonic seconds. ``waited`` and ``stalled`` of the
+    host.
     """
 
     plan: StepPlan
@@ -55,5 +55,4 @@ class UnderWay:
     handed_over: float
     waited: float
     stalled: float
-    waits: list[DeviceWait[Mark]]
     spans: StepSpans | None = None

@@ -21,12 +21,13 @@ from numba import extending
 from numba.core import cgutils, types
 
 from ... import cpu_isa
-from .vectors import SUMS, Rows, multiply_add, spread
+from .vectors import F32, Rows, spread
 
 ROWS = 16  # of a tile, at most
 UNITS = 16  # of a tile: pairs of bf16
+VALUES = 2 * UNITS  # of a row of a tile
 TILE_BYTES = 1024
-_ROW_BYTES = 64
+ROW_BYTES = 64
 
 _intrinsic: Any = extending.intrinsic  # typed as the definition, which also takes the compiler's context
 
@@ -38,7 +39,7 @@ _ROW_TILE, _BLOCK_TILES = 4, (5, 6, 7)  # tile registers; 0 to 3 are sums
 
 # Palette 1, and all eight registers 16 rows of 64 bytes. The first five, of rows and their sums,
 # may have fewer.
-_CONFIGURATION = bytes([1, *[0] * 15, *[_ROW_BYTES, 0] * 8, *[0] * 16, *[ROWS] * 8, *[0] * 8])
+_CONFIGURATION = bytes([1, *[0] * 15, *[ROW_BYTES, 0] * 8, *[0] * 16, *[ROWS] * 8, *[0] * 8])
 _ROWS_AT, _NUM_ROW_TILES = 48, 5
 
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18
@@ -83,14 +84,14 @@ class Panels:
             for place in [(rows, 0), *((blocks, b) for b in range(_BLOCKS))]
         )
         ahead, pace = cgutils.unpack_tuple(builder, fetch)
-        places = [self._at(builder.bitcast(sums, _POINTER), _I64(b * _ROW_BYTES)) for b in range(_BLOCKS)]
+        places = [self._at(builder.bitcast(sums, _POINTER), _I64(b * ROW_BYTES)) for b in range(_BLOCKS)]
         with builder.if_else(builder.icmp_signed("==", start, _I64(0))) as (first, later):
             with first:
                 for b in range(_BLOCKS):
                     self._call("tilezero", [_I8(b)])
             with later:
                 for b, place in enumerate(places):
-                    self._call("tileloadd64", [_I8(b), place, _I64(_BLOCKS * _ROW_BYTES)])
+                    self._call("tileloadd64", [_I8(b), place, _I64(_BLOCKS * ROW_BYTES)])
         full = builder.lshr(num_units, _I64(4))
         with cgutils.for_range(builder, full) as loop:
             self._fetch(loop.index, w, ahead, pace)
@@ -101,13 +102,13 @@ class Panels:
             offset = builder.mul(full, _I64(TILE_BYTES))
             self._add(self._at(x, offset), [self._padded(self._at(block, offset), rest) for block in w])
         for b, place in enumerate(places):
-            self._call("tilestored64", [_I8(b), place, _I64(_BLOCKS * _ROW_BYTES)])
+            self._call("tilestored64", [_I8(b), place, _I64(_BLOCKS * ROW_BYTES)])
 
     def _add(self, x: Any, w: list[Any]) -> None:
-        self._call("tileloadd64", [_I8(_ROW_TILE), x, _I64(_ROW_BYTES)])
+        self._call("tileloadd64", [_I8(_ROW_TILE), x, _I64(ROW_BYTES)])
         for b, block in enumerate(w):
             held = _I8(_BLOCK_TILES[b % len(_BLOCK_TILES)])
-            self._call("tileloadd64", [held, block, _I64(_ROW_BYTES)])
+            self._call("tileloadd64", [held, block, _I64(ROW_BYTES)])
             self._call("tdpbf16ps", [_I8(b), _I8(_ROW_TILE), held])
 
     def _fetch(self, tile: Any, w: list[Any], ahead: Any, pace: Any) -> None:
@@ -120,7 +121,7 @@ class Panels:
             "llvm.prefetch.p0", (), ir.FunctionType(_VOID, (_POINTER, _I32, _I32, _I32))
         )
         with cgutils.for_range_slice(builder, first, last, _I64(1)) as (vector, _):
-            distance = builder.add(ahead, builder.mul(vector, _I64(_ROW_BYTES)))
+            distance = builder.add(ahead, builder.mul(vector, _I64(ROW_BYTES)))
             for block in w:  # flags: read, into the L2 cache, data
                 builder.call(prefetch, [self._at(block, distance), _I32(0), _I32(2), _I32(1)])
 
@@ -129,11 +130,11 @@ class Panels:
         another block's, or nobody's.
         """
         builder = self._builder
-        room = cgutils.alloca_once(builder, ir.ArrayType(_I8, TILE_BYTES + _ROW_BYTES))
-        address = builder.add(builder.ptrtoint(room, _I64), _I64(_ROW_BYTES - 1))
-        place = builder.inttoptr(builder.and_(address, _I64(-_ROW_BYTES)), _POINTER)
+        room = cgutils.alloca_once(builder, ir.ArrayType(_I8, TILE_BYTES + ROW_BYTES))
+        address = builder.add(builder.ptrtoint(room, _I64), _I64(ROW_BYTES - 1))
+        place = builder.inttoptr(builder.and_(address, _I64(-ROW_BYTES)), _POINTER)
         cgutils.memset(builder, place, _I64(TILE_BYTES), 0)
-        cgutils.raw_memcpy(builder, place, block, builder.mul(num_units, _I64(_ROW_BYTES)), 1)
+        cgutils.raw_memcpy(builder, place, block, builder.mul(num_units, _I64(ROW_BYTES)), 1)
         return place
 
     def _pointer(self, addresses: Any, index: int) -> Any:
@@ -211,16 +212,16 @@ def lay_out_row(typing_context, source, num_units, target):
 
         full = builder.lshr(num_units, _I64(4))
         with cgutils.for_range(builder, full) as loop:
-            line = builder.load(at(x, loop.index, _ROW_BYTES), typ=_LINE, align=2)
+            line = builder.load(at(x, loop.index, ROW_BYTES), typ=_LINE, align=2)
             place = builder.bitcast(at(out, loop.index, TILE_BYTES), _LINE.as_pointer())
-            builder.store(line, place, align=_ROW_BYTES)
+            builder.store(line, place, align=ROW_BYTES)
         rest = builder.and_(num_units, _I64(UNITS - 1))
         with builder.if_then(builder.icmp_signed(">", rest, _I64(0)), likely=False):
             place = at(out, full, TILE_BYTES)
             builder.store(
-                ir.Constant(_LINE, None), builder.bitcast(place, _LINE.as_pointer()), align=_ROW_BYTES
+                ir.Constant(_LINE, None), builder.bitcast(place, _LINE.as_pointer()), align=ROW_BYTES
             )
-            cgutils.raw_memcpy(builder, place, at(x, full, _ROW_BYTES), builder.mul(rest, _I64(4)), 1)
+            cgutils.raw_memcpy(builder, place, at(x, full, ROW_BYTES), builder.mul(rest, _I64(4)), 1)
         return context.get_dummy_value()
 
     return signature, generate
@@ -253,37 +254,40 @@ def multiply_units(typing_context, out, a, a_row, b):
 @_intrinsic
 def add_units(typing_context, out, out_row, num_rows, shrink, a, b):
     """out[out_row + r, n] = shrink[r] times its old value, plus the sum over u of a[r, u] times
-    b[u, n], for the first rows r of 16 and all columns n, of which ``b`` and ``out`` have a
-    multiple of 32. a [16, 32], b [32, N]: units; out, shrink: float32.
+    b[u, n], for the rows r of a tile and all columns n, of which ``b`` and ``out`` have a multiple
+    of 16. Rows from ``num_rows`` on do not shrink. a [16, 32], b [32, N]: units; out, shrink:
+    float32.
     """
     signature = types.void(out, types.intp, types.intp, shrink, a, b)
 
     def generate(context, builder, signature, arguments):
-        factors, units = (_Tiles(context, builder, signature.args[i], arguments[i]) for i in (4, 5))
-        first, shrink = arguments[1], Rows(context, builder, signature.args[3], arguments[3])
-        held, weights = Rows(context, builder, signature.args[0], arguments[0]), (2, 3)
-        room = cgutils.alloca_once(builder, ir.ArrayType(SUMS, 2 * ROWS))
+        sums, factors, units = (_Tiles(context, builder, signature.args[i], arguments[i]) for i in (0, 4, 5))
+        _shrink(context, builder, signature, arguments, units.num_columns)
+        weights = (2, 3)
         for half, tile in enumerate(weights):
             factors.load(tile, _I64(0), _I64(half * UNITS))
-        with cgutils.for_range_slice(builder, _I64(0), units.num_columns, _I64(2 * UNITS)) as (column, _):
-            for n in range(2):
-                _call(builder, "tilezero", [_I8(n)])
-                for half, tile in enumerate(weights):
-                    units.load(6 + half, _I64(half * UNITS), builder.add(column, _I64(n * UNITS)))
-                    _call(builder, "tdpbf16ps", [_I8(n), _I8(tile), _I8(6 + half)])
-                place = builder.bitcast(cgutils.gep_inbounds(builder, room, 0, n * ROWS), _POINTER)
-                _call(builder, "tilestored64", [_I8(n), place, _I64(_ROW_BYTES)])
-            with cgutils.for_range(builder, arguments[2]) as loop:
-                factor = spread(builder, shrink.load(None, loop.index, 1))
-                row = builder.add(first, loop.index)
-                for n in range(2):
-                    here = builder.add(column, _I64(n * UNITS))
-                    place = builder.add(loop.index, _I64(n * ROWS))
-                    added = builder.load(cgutils.gep_inbounds(builder, room, 0, place))
-                    held.store(multiply_add(builder, added, held.load(row, here), factor), row, here)
+        with cgutils.for_range_slice(builder, _I64(0), units.num_columns, _I64(UNITS)) as (column, _):
+            sums.load(0, arguments[1], column)
+            for half, tile in enumerate(weights):
+                units.load(6 + half, _I64(half * UNITS), column)
+                _call(builder, "tdpbf16ps", [_I8(0), _I8(tile), _I8(6 + half)])
+            sums.store(0, arguments[1], column)
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def _shrink(context: Any, builder: Any, signature: Any, arguments: Any, num_columns: Any) -> None:
+    """Multiplies rows by their factors; few of them are not 1, once a row has met its largest
+    score.
+    """
+    held, factors = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 3))
+    with cgutils.for_range(builder, arguments[2]) as loop:
+        factor = factors.load(None, loop.index, 1)
+        with builder.if_then(builder.fcmp_unordered("!=", factor, F32(1.0)), likely=False):
+            row, lanes = builder.add(arguments[1], loop.index), spread(builder, factor)
+            with cgutils.for_range_slice(builder, _I64(0), num_columns, _I64(UNITS)) as (column, _):
+                held.store(builder.fmul(held.load(row, column), lanes), row, column)
 
 
 class _Tiles:

@@ -112,6 +112,13 @@ def _halves(typing_context, address):
 
 
 @register_jitable
+def keep(array):
+    """In kernels: holds an array up to here, of which only the address is used before. Compiled
+    code frees arrays after their last use.
+    """
+
+
+@register_jitable
 def matrix(address, num_rows, num_columns):
     """In kernels: the bf16 [num_rows, num_columns] at an address, as bits. A tensor's address costs
     its caller less than a numpy view, once weights have driven torch's code from the caches: the

@@ -15,7 +15,9 @@ from numba.core import cgutils, types
 
 from ...cpu_isa import COLUMNS
 from . import amx
-from .vectors import F32, I32, SUMS, UNITS, Rows, all_lanes, multiplies_bf16
+from .arrays import inner
+from .threads import parts
+from .vectors import F32, I32, SUMS, UNITS, Rows, all_lanes, multiplies_bf16, silu
 
 _intrinsic: Any = extending.intrinsic  # typed as the definition, which also takes the compiler's context
 
@@ -111,6 +113,83 @@ def _widen(builder: Any, x: Any, out: Any, index: Any, kinds: tuple[Any, Any, An
     builder.store(builder.bitcast(wide, number), builder.bitcast(target, number.as_pointer()), align=4)
 
 
+# ------------------------------------------------------------------ rows between two products
+
+
+def room_between(num_rows: Any, num_stretches: Any, width: Any, like: Any) -> Any:
+    """In kernels: room for the bf16 results [M, width] of a product whose rows are those of the
+    next. With AMX they lie as its tiles read them, 16 rows by 32 values, [., 32], and each stretch
+    begins with a tile.
+    """
+    raise NotImplementedError
+
+
+def stride_between(width: Any, room: Any) -> Any:
+    """In kernels: the bytes from one result to the next, 0 if they lie in tiles."""
+    raise NotImplementedError
+
+
+def first_between(start: Any, stretch: Any, room: Any) -> Any:
+    """In kernels: the row at which a stretch begins, whose first pair is ``start``."""
+    raise NotImplementedError
+
+
+def place_between(row: Any, column: Any, width: Any, room: Any) -> Any:
+    """In kernels: the row and column of ``room`` at which a result lies; ``column`` is a multiple
+    of 32.
+    """
+    raise NotImplementedError
+
+
+@extending.overload(room_between)
+def _room_between(num_rows, num_stretches, width, like):
+    if not amx.multiplies(like):
+        return lambda num_rows, num_stretches, width, like: np.empty((num_rows, width), np.uint16)
+
+    def in_tiles(num_rows, num_stretches, width, like):
+        rows = first_between(num_rows, num_stretches, like) * parts(width, amx.VALUES)
+        room = np.empty((rows + 1) * amx.VALUES, np.uint16)
+        if width % amx.VALUES:
+            room[:] = 0  # multiplied by zeros, and must be numbers
+        skip = -room.ctypes.data % 64 // 2
+        return room[skip : skip + rows * amx.VALUES].reshape(rows, amx.VALUES)
+
+    return in_tiles
+
+
+@extending.overload(stride_between, inline="always")
+def _stride_between(width, room):
+    return (lambda width, room: 0) if amx.multiplies(room) else (lambda width, room: 2 * width)
+
+
+@extending.overload(first_between, inline="always")
+def _first_between(start, stretch, room):
+    if amx.multiplies(room):
+        # Rounded up, and a tile for each stretch before, which may have begun one of its own.
+        return lambda start, stretch, room: (parts(start, amx.ROWS) + stretch) * amx.ROWS
+    return lambda start, stretch, room: start
+
+
+@extending.overload(place_between, inline="always")
+def _place_between(row, column, width, room):
+    if amx.multiplies(room):
+        return _place_in_tiles
+    return lambda row, column, width, room: (row, column)
+
+
+def _place_in_tiles(row, column, width, room):
+    tile = row // amx.ROWS * parts(width, amx.VALUES) + column // amx.VALUES
+    return tile * amx.ROWS + row % amx.ROWS, 0
+
+
+@inner()
+def find_between(room, first, num_units, rows):
+    """Writes the addresses of results in tiles, from ``first`` on; ``room``: that of the first."""
+    across = parts(num_units, amx.UNITS) * amx.TILE_BYTES
+    for r in range(len(rows)):
+        rows[r] = room + (first + r) // amx.ROWS * across + (first + r) % amx.ROWS * amx.ROW_BYTES
+
+
 # --------------------------------------------------------------------------------------- results
 
 
@@ -138,6 +217,27 @@ def write_row(typing_context, sums, row, bias, bias_row, y, place, column, num_c
                 more = biases.load_numbers(bias_row, builder.add(column, index))
                 builder.store(builder.fadd(builder.load(room, align=64), more), room, align=64)
             out.store_numbers(builder.load(room, align=64), place, builder.add(column, index))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@_intrinsic
+def write_silu_row(typing_context, sums, row, y, place, column, num_columns):
+    """y[place, column:] = silu(sums[row]) times the same row 32 columns on, of ``num_columns``, a
+    multiple of 16. ``sums`` float32; ``y`` bf16 as uint16.
+    """
+    signature = types.void(sums, types.intp, y, types.intp, types.intp, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        sums, row, y, place, column, num_columns = arguments
+        totals, out = (
+            Rows(context, builder, kind, value)
+            for kind, value in ((signature.args[0], sums), (signature.args[2], y))
+        )
+        with cgutils.for_range_slice(builder, _I64(0), num_columns, _I64(COLUMNS)) as (index, _):
+            gate, up = totals.load(row, index), totals.load(row, builder.add(index, _I64(2 * COLUMNS)))
+            out.store_numbers(builder.fmul(silu(builder, gate), up), place, builder.add(column, index))
         return context.get_dummy_value()
 
     return signature, generate

@@ -28,13 +28,16 @@ from ... import cpu_isa
 from ...cpu_isa import COLUMNS, fit
 from .amx import begin_tiles, end_tiles
 from .arrays import inner, widen
-from .block_rows import lay_out, room_for_rows, write_row
+from .block_rows import find_between, first_between, lay_out, room_for_rows, write_row
 from .block_tiles import BLOCKS, multiply
 from .threads import part, parts, share_out, take_item
 
 # Rows that use a panel while it is in the cache: enough for products to take longer than reading it
 # does, few enough for threads to share evenly.
 STRETCH = 256 if cpu_isa.here() == "amx" else 96
+
+_FEW = 16  # rows of a stretch
+_RUNS = 4  # per thread
 
 
 def pack_blocks(weights: Tensor) -> Tensor:
@@ -91,43 +94,64 @@ def first_block(item, panels, stretches_I, num_blocks, step):
     return stretches_I[stretch, 0] * num_blocks + item % panels * step if stretch < len(stretches_I) else 0
 
 
+@inner(error_model="numpy")
+def run_length(panels, stretches_I, num_rows, num_threads):
+    """Items that a thread takes in a row: panels of one stretch, so that not every thread lays out
+    its rows. One at a time if rows are few, since then weights are what takes time.
+    """
+    if num_rows < _FEW * len(stretches_I):
+        return 1
+    return max(1, min(panels, panels * len(stretches_I) // (_RUNS * num_threads)))
+
+
+@njit(cache=True, inline="always")
+def next_item(item, run, counter):
+    """The item after ``item``, which is -1 before the first, in runs that threads share."""
+    return item + 1 if (item + 1) % run else take_item(counter) * run
+
+
 @njit(cache=True, error_model="numpy")
 def multiply_slots(x, x_stride, w, num_units, pairs, bias_SN, y_MN, num_threads):
     """y[places_M[m]] = x[rows_M[m]] w[s]^T + b[s] for the pairs m of every slot s, which end at
     ends_S[s]; ``pairs``: rows_M, places_M, ends_S. The first two are empty for rows and places in
     the order of the pairs, ``bias_SN`` for no bias.
 
-    ``x`` is the address of the first row, ``x_stride`` the bytes between rows, ``w`` the address of
-    packed weights [S, N / 16, U, 16, K / U].
+    ``x`` is the address of the first row, ``x_stride`` the bytes between rows, or 0 if they lie as
+    results between two products do (``block_rows.py``); ``w`` is the address of packed weights
+    [S, N / 16, U, 16, K / U].
     """
     rows_M, places_M, ends_S = pairs
-    given = rows_M, places_M, stretches(ends_S), bias_SN, y_MN, np.zeros(1, np.int64)
+    given = rows_M, places_M, stretches(ends_S), bias_SN, y_MN, np.zeros(1, np.int64), num_threads
     share_out(_multiply_panels, num_threads, (x, x_stride, w, num_units, *given), False)
 
 
 @inner(error_model="numpy")
 def _multiply_panels(
-    begin, end, x, x_stride, w, num_units, rows_M, places_M, stretches_I, bias_SN, y_MN, counter
+    begin, end, x, x_stride, w, num_units, rows_M, places_M, stretches_I, bias_SN, y_MN, counter, num_threads
 ):
     num_blocks = y_MN.shape[1] // COLUMNS
     panels = parts(num_blocks, BLOCKS)
+    run = run_length(panels, stretches_I, len(y_MN), num_threads)
     for _ in range(begin, end):
         sums, rows, blocks = (
             np.empty((STRETCH, BLOCKS * COLUMNS), np.float32),
             np.empty(STRETCH, np.int64),
             np.empty(BLOCKS, np.int64),
         )
-        room, laid_out = room_for_rows(min(STRETCH, len(y_MN)), num_units, y_MN), -1
-        item = take_item(counter)
+        room, laid_out = room_for_rows(min(STRETCH, len(y_MN)) if x_stride else 0, num_units, y_MN), -1
+        item = next_item(-1, run, counter)
         while item < panels * len(stretches_I):
-            following = take_item(counter)
+            following = next_item(item, run, counter)
             here = first_block(item, panels, stretches_I, num_blocks, BLOCKS)
             there = first_block(following, panels, stretches_I, num_blocks, BLOCKS)
             slot, start, length = stretches_I[item // panels]
             if item // panels != laid_out:
-                for r in range(length):
-                    rows[r] = x + (rows_M[start + r] if len(rows_M) else start + r) * x_stride
-                lay_out(rows, length, num_units, room, y_MN)
+                if x_stride:
+                    for r in range(length):
+                        rows[r] = x + (rows_M[start + r] if len(rows_M) else start + r) * x_stride
+                    lay_out(rows, length, num_units, room, y_MN)
+                else:
+                    find_between(x, first_between(start, item // panels, y_MN), num_units, rows[:length])
                 begin_tiles(y_MN, length)
                 laid_out = item // panels
             panel = item % panels

@@ -29,11 +29,10 @@ from .vectors import (
     exp2,
     is_matrix,
     larger,
-    largest,
     multiply_add,
     multiply_add_halves,
+    over_lanes,
     spread,
-    total,
 )
 
 _INDEX = ir.IntType(64)  # types.intp
@@ -333,30 +332,31 @@ def soften(typing_context, scores, first, factor, scales, best, sums, row, share
             Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 4, 5, 7, 8)
         )
         scale_rows = None if scales == types.none else Rows(context, builder, scales, arguments[3])
-        for r in range(TILE_ROWS):
-            own, here = _plus(builder, row, r), _plus(builder, first, r)
-            vectors = [score_rows.load(here, _index(n)) for n in columns]
-            if scale_rows is not None:
-                pairs = zip(vectors, (scale_rows.load(_index(0), _index(n)) for n in columns), strict=True)
-                vectors = [_scaled_but_infinite(builder, vector, scale) for vector, scale in pairs]
-            before = best_r.load(None, own, 1)
-            most = larger(builder, before, largest(builder, _tree(builder, larger, vectors)))
-            factors, mosts = spread(builder, factor), spread(builder, most)
-            parts = [exp2(builder, builder.fmul(builder.fsub(vector, mosts), factors)) for vector in vectors]
+        rows = [_plus(builder, first, r) for r in range(TILE_ROWS)]
+        vectors_r = [[score_rows.load(here, _index(n)) for n in columns] for here in rows]
+        if scale_rows is not None:
+            scales_n = [scale_rows.load(_index(0), _index(n)) for n in columns]
+            vectors_r = [
+                [_scaled_but_infinite(builder, *each) for each in zip(vectors, scales_n, strict=True)]
+                for vectors in vectors_r
+            ]
+        before = best_r.load(None, row, TILE_ROWS)
+        largest = over_lanes(builder, larger, [_tree(builder, larger, vectors) for vectors in vectors_r])
+        most, factors = larger(builder, before, largest), spread(builder, factor)
+        totals = []
+        for r, (here, vectors) in enumerate(zip(rows, vectors_r, strict=True)):
+            own = _lane(builder, most, r)
+            parts = [exp2(builder, builder.fmul(builder.fsub(each, own), factors)) for each in vectors]
+            totals.append(_tree(builder, _sum, parts))
             for n, part in zip(columns, parts, strict=True):
-                share = (
-                    part if scale_rows is None else builder.fmul(part, scale_rows.load(_index(1), _index(n)))
-                )
-                share_rows.store_numbers(share, here, _index(n))
-            change = builder.fmul(builder.fsub(before, most), factor)
-            left = builder.extract_element(exp2(builder, spread(builder, change, 4)), I32(0))
-            sum_of_parts = total(builder, _tree(builder, lambda builder, a, b: builder.fadd(a, b), parts))
-            for array, value in (
-                (best_r, most),
-                (sum_r, multiply_add(builder, sum_of_parts, sum_r.load(None, own, 1), left)),
-            ):
-                array.store(value, None, own)
-            shrink_r.store(left, None, here)
+                if scale_rows is not None:
+                    part = builder.fmul(part, scale_rows.load(_index(1), _index(n)))
+                share_rows.store_numbers(part, here, _index(n))
+        change = builder.fmul(builder.fsub(before, most), spread(builder, factor, TILE_ROWS))
+        left, added = exp2(builder, change), over_lanes(builder, _sum, totals)
+        best_r.store(most, None, row)
+        sum_r.store(multiply_add(builder, added, sum_r.load(None, row, TILE_ROWS), left), None, row)
+        shrink_r.store(left, None, first)
         return context.get_dummy_value()
 
     return signature, generate
@@ -366,6 +366,15 @@ def _scaled_but_infinite(builder: Any, vector: Any, scale: Any) -> Any:
     """Scales all values except -inf."""
     hidden = builder.fcmp_ordered("==", vector, all_lanes(SUMS, float("-inf")))
     return builder.select(hidden, vector, builder.fmul(vector, scale))
+
+
+def _lane(builder: Any, vector: Any, lane: int) -> Any:
+    """One lane of 4, in 16."""
+    return builder.shuffle_vector(vector, vector, ir.Constant(UNITS, [lane] * LANES))
+
+
+def _sum(builder: Any, a: Any, b: Any) -> Any:
+    return builder.fadd(a, b)
 
 
 def _tree(builder: Any, combine: Any, values: list[Any]) -> Any:

@@ -145,9 +145,24 @@ def larger(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-def largest(builder: Any, vector: Any) -> Any:
-    """Maximum of all lanes, none of them NaN."""
-    return _call(builder, "llvm.vector.reduce.fmax", F32, [vector], ("nnan",))
+def over_lanes(builder: Any, combine: Any, rows: list[Any]) -> Any:
+    """Combines the 16 lanes of each of 4 vectors: a vector of 4. Lane i is combined with i + 8,
+    then with i + 4, i + 2 and i + 1, for all rows at once.
+    """
+
+    def pick(a: Any, b: Any, lanes: list[int]) -> Any:
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+    def halved(a: Any, b: Any, width: int) -> Any:
+        """The lower and the upper half of each group of lanes, combined: those of a, then of b."""
+        lower = [lane for lane in range(2 * LANES) if not lane & width]
+        return combine(builder, pick(a, b, lower), pick(a, b, [lane | width for lane in lower]))
+
+    a, b, c, d = rows
+    joined = halved(halved(a, b, LANES // 2), halved(c, d, LANES // 2), LANES // 4)
+    for distance in (2, 1):
+        joined = combine(builder, joined, pick(joined, joined, [lane ^ distance for lane in range(LANES)]))
+    return pick(joined, joined, list(range(0, LANES, LANES // 4)))
 
 
 def total(builder: Any, vector: Any) -> Any:
@@ -156,11 +171,13 @@ def total(builder: Any, vector: Any) -> Any:
 
 
 def exp2(builder: Any, x: Any) -> Any:
-    """Vectorized 2^x for x at most 0, within 2 units in the last place; 2^-126 below -126."""
-    integers, least = ir.VectorType(I32, x.type.count), all_lanes(x.type, -126.0)
-    x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
-    whole = _call(builder, "llvm.rint", x.type, [x])
-    rest = builder.fsub(x, whole)
+    """Vectorized 2^x for x at most 126, within 2 units in the last place; below -126 it is 2^-126,
+    or with AVX-512 what it is, or 0.
+    """
+    if not _scales():
+        least = all_lanes(x.type, -126.0)
+        x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
+    whole, rest = _split(builder, x)
     y = all_lanes(x.type, 1.535336188319500e-4)  # the polynomial of Cephes' exp2f
     for factor in (
         1.339887440266574e-3,
@@ -171,8 +188,52 @@ def exp2(builder: Any, x: Any) -> Any:
         1.0,
     ):
         y = multiply_add(builder, all_lanes(x.type, factor), y, rest)
+    return _times_power(builder, y, whole)
+
+
+def silu(builder: Any, x: Any) -> Any:
+    """Vectorized x / (1 + e^-x), within 16 units in the last place from -80 on, and no
+    nearer to 0 below.
+    """
+    most = all_lanes(x.type, 126.0)
+    power = builder.fmul(x, all_lanes(x.type, -1.4426950408889634))
+    power = builder.select(builder.fcmp_ordered(">", power, most), most, power)
+    return builder.fdiv(x, builder.fadd(all_lanes(x.type, 1.0), exp2(builder, power)))
+
+
+def _scales() -> bool:
+    return cpu_isa.features() >= {"avx512f", "avx512dq", "avx512vl"}
+
+
+def _split(builder: Any, x: Any) -> tuple[Any, Any]:
+    """The nearest whole number, and the rest: 0 if x is infinite and the CPU has AVX-512."""
+    if not _scales():
+        whole = _call(builder, "llvm.rint", x.type, [x])
+        return whole, builder.fsub(x, whole)
+    nearest = I32(8)  # no bits after the point, rounded to nearest, without exceptions
+    rest = _masked(builder, "reduce", x.type, [x, nearest], x)
+    return builder.fsub(x, rest), rest
+
+
+def _times_power(builder: Any, y: Any, whole: Any) -> Any:
+    """y times 2^whole."""
+    if _scales():
+        return _masked(builder, "scalef", y.type, [y, whole], y)
+    integers = ir.VectorType(I32, y.type.count)
     exponent = builder.shl(builder.fptosi(whole, integers), all_lanes(integers, 23))
-    return builder.bitcast(builder.add(builder.bitcast(y, integers), exponent), x.type)
+    return builder.bitcast(builder.add(builder.bitcast(y, integers), exponent), y.type)
+
+
+def _masked(builder: Any, name: str, result: Any, arguments: list[Any], old: Any) -> Any:
+    """Calls one of AVX-512's intrinsics that take a mask, for all lanes."""
+    count = result.count
+    mask = ir.IntType(max(count, 8))
+    arguments = [*arguments, old, mask(-1)]
+    if count == LANES:
+        arguments.append(I32(4))  # rounds as this thread does
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    function = builder.module.declare_intrinsic(f"llvm.x86.avx512.mask.{name}.ps.{32 * count}", (), kind)
+    return builder.call(function, arguments)
 
 
 def _call(builder: Any, name: str, result: Any, arguments: list[Any], flags: tuple[str, ...] = ()) -> Any:

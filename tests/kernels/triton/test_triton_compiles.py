@@ -46,6 +46,7 @@ CASES = {
     "latent_attentions": _LATENTS | _PREFILLING,
     "latent_attentions_fp8": _LATENTS | _PREFILLING,
     "pages": {"pages._copy_pages_kernel"},
+    "clocks": {"clock._add_time_kernel"},
     "samplers": {f"sampling._{name}_kernel" for name in ("allow", "bias", "logsumexp", "mask", "penalty")}
     | {f"draw._{name}_kernel" for name in ("best", "narrow", "mass", "pick")},
 }
@@ -124,7 +125,11 @@ def compilers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compilers]:
 
 # Those that use most registers and shared memory.
 _LATENT_CASES = {"latent_attentions", "latent_attentions_fp8"}
-BY_DEFAULT = {90: set(CASES), 100: {"attentions", "fp8"} | _LATENT_CASES, 120: {"latent_attentions_fp8"}}
+BY_DEFAULT = {
+    90: set(CASES),
+    100: {"attentions", "clocks", "fp8"} | _LATENT_CASES,
+    120: {"clocks", "latent_attentions_fp8"},
+}
 # The units that 64 heads over latents take (32 on sm_120, whose operands lie in registers).
 LATENT_UNITS = {90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 
@@ -161,3 +166,9 @@ def test_64_heads_widen_each_latent_once(compilers: Compilers) -> None:
     assert tiles.latent_decode_fp8.queries == 64 and blocks == {512 * 64}
     needs = compilers.needs("latent_attentions_fp8", 90)
     assert {variant["widened"] for variant in needs["attend_latents._attend_latents_kernel"]} == blocks
+
+
+def test_the_clock_is_one_kernel_for_all_places_and_signs(compilers: Compilers) -> None:
+    """So it is compiled before the first step, whichever group that waits for first."""
+    pytest.importorskip("triton.backends.nvidia", reason="Triton without its NVIDIA compiler")
+    assert len(compilers.needs("clocks", 90)["clock._add_time_kernel"]) == 1

@@ -43,6 +43,7 @@ from lockstep.kernels.reference.rope import Angles
 from lockstep.kernels.reference.sampling import Purpose, SamplingParams, SlotSampling
 from lockstep.kernels.triton import (
     attention as triton_attention,
+    clock as triton_clock,
     draw as triton_draw,
     experts as triton_experts,
     experts_four_bit as triton_experts_four_bit,
@@ -300,6 +301,12 @@ def pages() -> None:
     triton_pages.copy_pages([torch.empty(640, 576, dtype=BF16)], int64(4), int64(4), 64)
 
 
+def clocks() -> None:
+    """One kernel for all places and both signs."""
+    for place, sign in ((0, -1), (1, 1), (16, 1)):
+        triton_clock.add_time(int64(32), place, sign)
+
+
 def samplers() -> None:
     logits, ones = torch.empty(8, 151936), torch.ones(8)
     triton_draw.sample_slots(
@@ -332,6 +339,7 @@ _CASES = (
     latent_attentions,
     latent_attentions_fp8,
     pages,
+    clocks,
     samplers,
 )
 CASES: dict[str, Callable[[], None]] = {case.__name__: case for case in _CASES}

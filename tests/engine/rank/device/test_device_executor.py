@@ -182,7 +182,7 @@ def test_a_step_that_does_not_end_is_abandoned(
 ) -> None:
     executor = build_executor(checkpoints["qwen3_moe"], column="reference", as_device=True)
     assert isinstance(executor, DeviceExecutor)
-    monkeypatch.setattr(transfers, "mark", lambda device: Never())
+    monkeypatch.setattr(transfers.HostCopies, "copy", lambda *_: Never())
     executor.submit(StepPlan(Header(0, 0, 7, -1, Mode.DECODE, 4), Section(rebase=True)))
     assert executor.take() is None, "it is under way"
     executor._deadline = 0.0

@@ -5,7 +5,7 @@ read nothing, and every launch is counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -17,6 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from lockstep.engine.protocol.slot_table import Rows
+from lockstep.kernels.table import ops_of
+from lockstep.parallel.collectives import Collectives
+from lockstep.parallel.device_waits import DeviceWaits
+from lockstep.parallel.one_epoch import OneEpochGroup
 from support.engine.rank.executors_without_memory import ROWS, executor_of
 
 QUIET = (
@@ -40,7 +44,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts launch
 
 class Launches(TorchDispatchMode):
     """Counts operations of torch that launch something, and kernels of Triton, which it does not
-    run.
+    run. Every wait for a group is timed, as among ranks that are there.
     """
 
     def __init__(self) -> None:
@@ -58,7 +62,24 @@ class Launches(TorchDispatchMode):
         def launch(grid: Any, *_: Any, **__: Any) -> None:
             self.triton[grid.fn.__name__] += 1
 
-        with mock.patch.object(interpreter.GridExecutor, "__call__", launch), self, torch.inference_mode():
+        waits = DeviceWaits(("experts",), torch.device("meta"), ops_of("triton").add_time)
+
+        def timed(wait: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                waits.begin("experts")
+                found = wait(*arguments)
+                waits.end("experts")
+                return found
+
+            return run
+
+        with (
+            mock.patch.object(interpreter.GridExecutor, "__call__", launch),
+            mock.patch.object(Collectives, "wait", timed(Collectives.wait)),
+            mock.patch.object(OneEpochGroup, "wait", timed(OneEpochGroup.wait)),
+            self,
+            torch.inference_mode(),
+        ):
             yield
 
 
@@ -67,11 +88,11 @@ class Launches(TorchDispatchMode):
     [
         ("qwen3-30b-a3b", "local", 20),
         ("deepseek-v3", "local", 32),
-        ("deepseek-v3", "all_gather", 54),
-        ("deepseek-v3", "all_to_all", 70),
-        ("deepseek-v3", "flashinfer", 43),
-        ("deepseek-v3", "deepep", 38),
-        ("deepseek-v3", "nccl_ep", 38),
+        ("deepseek-v3", "all_gather", 58),
+        ("deepseek-v3", "all_to_all", 74),
+        ("deepseek-v3", "flashinfer", 47),
+        ("deepseek-v3", "deepep", 42),
+        ("deepseek-v3", "nccl_ep", 42),
         ("deepseek-v3.2", "local", 105),
         ("glm-5.2", "local", 62),
     ],
@@ -87,5 +108,7 @@ def test_a_decode_step_reads_nothing_and_keeps_to_its_launches(name: str, dispat
         tokens_B = decode._sample(hidden_BD, sent[7:14])
     assert tokens_B.shape == (ROWS,) and hidden_BD.shape == (ROWS, executor.model.config.hidden)
     assert launches.triton["_pick_kernel"] == 1
+    waits = 0 if dispatch == "local" else 2 * len(executor.model.config.moe_layers)
+    assert launches.triton["_add_time_kernel"] == 2 * waits, "one for a dispatch, one for its combine"
     each = (launches.torch.total() + launches.triton.total()) / executor.model.config.num_layers
     assert each <= budget, (each, launches.torch, launches.triton)

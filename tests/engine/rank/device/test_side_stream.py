@@ -5,7 +5,6 @@ executor; and they are not where a wait is left out.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -17,7 +16,6 @@ from lockstep.engine.protocol.results import StepResult
 from lockstep.engine.rank.device import executor as device_executor, transfers
 from lockstep.engine.rank.device.executor import DeviceExecutor
 from lockstep.engine.rank.device.transfers import CudaSideStream, Download, Fetched
-from lockstep.parallel.device_waits import DeviceWaits
 from support.engine.models.checkpoints import qwen3_moe_config, write_checkpoint
 from support.engine.rank.hand_plans import GREEDY, Driver, Request, build_executor
 from support.engine.rank.late_device import LateOps
@@ -163,34 +161,3 @@ def test_a_captured_step_is_repeated_while_results_of_the_one_before_leave(
     found = results_of(executor, requests, plans, 3)
     assert [mine.tokens_i32 for mine in found] == [theirs.tokens_i32 for theirs in wanted]
     assert [mine.expert_i64 for mine in found] == [theirs.expert_i64 for theirs in wanted]
-
-
-def test_waits_of_a_step_are_those_between_marks_on_the_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two waits for experts and one for another stage in each step; events are 4 ms apart. Waits
-    before a step, and those of the next one under way, are not a step's.
-    """
-    path = write_checkpoint(tmp_path / "model", qwen3_moe_config(num_hidden_layers=1))
-    requests = mixed_requests((GREEDY,))[:3]
-    plans, _ = executed(Driver(build_executor(path, column="reference"), requests))
-    streams = TwoStreams("compute")
-    ops = LateOps(streams)
-    monkeypatch.setattr(registry, "ops_of", lambda column: ops)
-    double(streams, monkeypatch)
-    executor = build_executor(path, column="reference", as_device=True)
-    assert isinstance(executor, DeviceExecutor)
-    waits = DeviceWaits(lambda: transfers.mark(CARD), lambda: False)
-    monkeypatch.setattr(executor, "_waits", waits)
-    compute, stages = executor._compute, executor._parts.links.roles[0]
-
-    def waiting(*args: Any) -> Any:
-        for role in ("experts", stages, "experts"):
-            waits.end(role, waits.begin())
-        return compute(*args)
-
-    monkeypatch.setattr(executor, "_compute", waiting)
-    monkeypatch.setattr(executor, "submit", streams.within(executor.submit))
-    waits.end("experts", waits.begin())
-    found = results_of(executor, requests, plans, 3)
-    assert {(round(each.waited, 6), round(each.stalled, 6)) for each in found} == {(0.012, 0.004)}

@@ -11,10 +11,12 @@ import numba
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.kernels.cpu.codegen import tiles as cpu_tiles, vectors as cpu_vectors
 from lockstep.kernels.cpu.codegen.arrays import array
+from lockstep.kernels.cpu.codegen.block_rows import write_silu_row
 
 SUPPORT = pytest.mark.parametrize("native", [True, False])
 
@@ -23,6 +25,7 @@ SUPPORT = pytest.mark.parametrize("native", [True, False])
 def compiled(native: bool, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], Any]:
     if not native:
         monkeypatch.setattr(cpu_vectors, "multiplies_bf16", lambda: False)
+        monkeypatch.setattr(cpu_vectors, "_scales", lambda: False)
     return numba.njit
 
 
@@ -159,3 +162,20 @@ def test_softmax_that_goes_on(scaled: bool, compiled: Callable[[Callable[..., No
     assert torch.equal(best[1:], scores[1:].amax(-1)) and best[0] == -torch.inf
     torch.testing.assert_close(sums[1:].double(), powers.sum(-1), rtol=1e-5, atol=0.0)
     torch.testing.assert_close(torch.cat(kept, 1), powers, rtol=5e-3, atol=1e-30)
+
+
+@SUPPORT
+def test_silu_of_a_row_of_sums(compiled: Callable[[Callable[..., None]], Any]) -> None:
+    """Also where e^x is not a float32."""
+    sums, out = torch.randn(3, 64) * 4, torch.zeros(5, 48, dtype=torch.bfloat16)
+    sums[1, :6] = torch.tensor([0.0, -0.0, 90.0, -90.0, 1e4, -1e4])
+    sums[2, 3] = torch.nan
+
+    def run(sums, out):  # type: ignore[no-untyped-def]
+        for row in range(3):
+            write_silu_row(sums, row, out, row + 1, 16, 32)
+
+    compiled(run)(sums.numpy(), array(out))
+    expected = F.silu(sums[:, :32].double()) * sums[:, 32:].double()
+    torch.testing.assert_close(out[1:4, 16:].double(), expected, rtol=2**-8, atol=1e-30, equal_nan=True)
+    assert not out[0].any() and not out[4].any() and not out[:, :16].any()

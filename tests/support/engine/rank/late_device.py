@@ -160,6 +160,7 @@ class LateOps(Reference):
         )
         self.edit_logits = self._like(Reference.edit_logits, None)
         self.allow_only = self._like(Reference.allow_only, None)
+        self.add_time = self._like(Reference.add_time, None)
 
     def _like(self, op: Callable[..., Any], room: Callable[..., tuple[Tensor, ...]] | None) -> Any:
         def run(*args: Any) -> Any:
