@@ -394,6 +394,36 @@ def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
     ]
 
 
+def comments(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of comments that have a line of their own; several lines in a row are one."""
+    before = ""
+    for number, line in enumerate(map(str.lstrip, path.read_text(encoding="utf-8").splitlines()), start=1):
+        if line.startswith("# ") and not before.startswith("#"):
+            yield number, line[2:]
+        before = line
+
+
+def help_texts(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of what options and keys of recipes say of themselves."""
+    for node in ast.walk(tree(path)):
+        if (
+            isinstance(node, ast.keyword)
+            and node.arg in ("help", "description")
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            yield node.value.lineno, node.value.value
+
+
+def test_comments_and_help_texts_begin_with_a_noun_or_a_verb() -> None:
+    assert not [
+        f"{where(path, line)}: {text}"
+        for path in (*SOURCES, *TESTS)
+        for line, text in (*comments(path), *help_texts(path))
+        if text.startswith(RIDDLES)
+    ]
+
+
 def computes(value: ast.expr) -> bool:
     """Whether an expression calls something (``len`` is free) or has two operators."""
     nodes = list(ast.walk(value))

@@ -59,7 +59,7 @@ class OverlapTrial:
     _tried: int = 0
     _shares: list[float] = field(default_factory=list)
     _pair: dict[int, list[float]] = field(default_factory=lambda: {1: [], 2: []})  # times by microbatches
-    _ratios: list[float] = field(default_factory=list)  # of pairs
+    _ratios: list[float] = field(default_factory=list)  # one per pair
 
     @property
     def decided(self) -> bool:

@@ -100,7 +100,7 @@ def load_executor(
     """
     device = torch.device(spec.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # of this thread, which launches everything
+        torch.cuda.set_device(device)  # sets it for this thread, which launches everything
     config = read_shape(Path(spec.model_path))
     parts = _load_parts(spec, progress)
     max_len = min(spec.max_len or config.max_position, config.max_position)

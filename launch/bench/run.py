@@ -15,7 +15,7 @@ from .workload import OfferedLoad, Workload
 
 _REFRESH = 0.1  # seconds between displays of progress
 _WARM_UP_TOKENS = 4
-_WARM_UP_REQUESTS = 8  # where a load has no concurrency
+_WARM_UP_REQUESTS = 8  # for loads without a concurrency
 
 ShowTurn = Callable[[TurnProgress], None]
 """Called several times a second with the turn under way."""

@@ -35,7 +35,7 @@ class Forks:
         self._settings = {**settings, **imports.environment}
         self._log = log_dir / f"fork-server-{socket.gethostname()}.log"  # hosts may share the folder
         self._numbers = itertools.count()
-        self._processes: dict[int, Process] = {}  # that have not ended, by the number of the request
+        self._processes: dict[int, Process] = {}  # running processes, by the number of the request
         self._lock = threading.Lock()
         self._sending = threading.Lock()
         ours, self._theirs = socket.socketpair()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..client.server import Server
 
 _LEVELS = "1,8,32"
-_MOST_PROMPT_TOKENS = 1 << 28  # of a round; they are drawn before it begins
+_MOST_PROMPT_TOKENS = 1 << 28  # per round; drawn before it begins
 _MOST_IN_FLIGHT, _MOST_PER_SECOND, _MOST_LEVELS = 10_000, 100_000.0, 20
 
 _Url = typer.Option("--url", metavar="URL", help="Server to measure, such as http://127.0.0.1:8000.")
@@ -55,7 +55,7 @@ _Output = typer.Option("--output", min=1, max=1 << 24, help="Tokens of each answ
 _Shared = typer.Option(
     min=0.0, max=1.0, help="Share of a prompt that all prompts of a round begin with; the rest is random."
 )
-_Seed = typer.Option(min=0, help="Of prompts and arrivals.")
+_Seed = typer.Option(min=0, help="Seed of prompts and arrivals.")
 _Other = typer.Option("--against", metavar="URL", help="Another server, to compare with in the same run.")
 _OtherKey = typer.Option(metavar="NAME", help="Environment variable with that server's API key.")
 _OtherModel = typer.Option(help="Model to ask that server. Default: the first listed.")
@@ -65,7 +65,7 @@ _Recipe = typer.Option(
 _Vocab = typer.Option(
     min=2, max=1 << 24, help="Prompts are token ids below this. Default: the vocabulary that servers report."
 )
-_Out = typer.Option("--out", "-o", metavar="FOLDER", help="Where to write rows, requests and a plot.")
+_Out = typer.Option("--out", "-o", metavar="FOLDER", help="Folder for rows, requests and a plot.")
 
 
 @app.command()

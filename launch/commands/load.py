@@ -44,7 +44,7 @@ _Open = typer.Option(
     "--max-open", min=1, max=100_000, help="Requests that may be open; others that are due leave later."
 )
 _Recipe = typer.Option("--recipe", "-r", help="Simulate the trace on this recipe too, and show both.")
-_Efficiency = typer.Option(min=0.01, max=1.0, help="As of launch simulate.")
+_Efficiency = typer.Option(min=0.01, max=1.0, help="Same as for launch simulate.")
 
 
 @app.command()

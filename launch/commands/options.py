@@ -41,7 +41,7 @@ Silence = Annotated[
     ),
 ]
 
-# Of commands that read a trace.
+# Options of commands that read a trace.
 ArrivalSpeed = Annotated[
     float, typer.Option("--speed", min=1e-6, max=1e6, help="Factor by which requests arrive faster.")
 ]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _PATIENCE = 30.0  # seconds beyond those of the steps, until the server says something
 
 _Url = typer.Option("--url", metavar="URL", help="Server, such as http://127.0.0.1:8000.")
-_Out = typer.Option("--out", "-o", metavar="FILE", help="Where to write the trace, as JSON.")
+_Out = typer.Option("--out", "-o", metavar="FILE", help="File for the trace, as JSON.")
 _Key = typer.Option(metavar="NAME", help="Environment variable with the recipe's frontend.admin_key.")
 
 

@@ -66,7 +66,7 @@ class Acceptor:
         self._selector = selectors.DefaultSelector()
         self._channels: list[_Channel] = []
         self._strangers: deque[_Channel] = deque()
-        self._untaken: deque[socket.socket] = deque()  # of frontends that have gone
+        self._untaken: deque[socket.socket] = deque()  # connections of frontends that have gone
         self._turn = 0
         self._listening = self._closing = False
         self._problem: Exception | None = None

@@ -162,7 +162,7 @@ class _Search:
         for _ in range(_BEFORE):
             hot = self._take(hot, self._look(hot).replicate(), _LEAST) if len(hot) else hot
         far = self._exchange_all(layers, earlier)
-        # Where replicas leave ranks that no single exchange mends, swaps come first.
+        # Swaps come first if replicas leave ranks that no single exchange mends.
         hot = far
         for _ in range(_BEFORE):
             hot = self._take(hot, self._look(hot).best(replicas=True), _LEAST) if len(hot) else hot

@@ -37,7 +37,7 @@ _CHANGES = 24
 # rank that stays too hot costs steps later.
 _RECEIPT = np.float32(0.05)
 _LEFT = np.float32(3)  # the price of load that a rank keeps above the target
-_LEAST = 1e-6  # of a mean load: a change has to gain more
+_LEAST = 1e-6  # least gain of a change, as a share of a mean load
 
 
 class Exchanges:

@@ -70,7 +70,7 @@ class _Scan:
 
     def _drop_escaped(self, quotes: np.ndarray, slashes: np.ndarray) -> None:
         """Clears the quotes that follow an odd number of backslashes."""
-        first = np.flatnonzero(np.diff(slashes, prepend=-2) != 1)  # of each run of backslashes
+        first = np.flatnonzero(np.diff(slashes, prepend=-2) != 1)  # starts of runs of backslashes
         lengths = np.diff(first, append=slashes.size)
         after = (slashes[first] + lengths)[lengths % 2 == 1]
         if after.size and after[-1] == quotes.size:

@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError
 
-# Of one conversation: 40 to 90 ms of validation on an EPYC core, and a million tokens if each
+# Limit of one conversation: 40 to 90 ms of validation on an EPYC core, and a million tokens if each
 # element has fifty.
 MAX_ELEMENTS = 5 * 2**12
 _LISTS = ("content", "output", "summary")

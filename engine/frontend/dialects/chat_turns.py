@@ -40,7 +40,7 @@ class ChatTurns:
         self.places: list[str] = []
         self._messages: list[dict[str, Any]] = []
         self._open = False
-        # Of the last reply, joined only once: a reply may have thousands of parts.
+        # Parts of the last reply, joined only once, since there may be thousands.
         self._content: list[str] = []
         self._reasoning: list[str] = []
 

@@ -21,7 +21,7 @@ Spell = Callable[[str], int | None]  # the id of a tag that is one token, None f
 # model from writing white space for ever.
 WHITE_SPACE = r"( |\n[ \t]{0,32})"
 _ANY = r"/(.|\n)*/"
-_PART = re.compile("｜[^｜]+｜")  # of a tag, that may be a token
+_PART = re.compile("｜[^｜]+｜")  # part of a tag that may be a token
 _SIGNS = r"\.+*?()|[]{}^$#&-~/"  # special characters of regular expressions
 
 

@@ -18,7 +18,7 @@ from .tagged_call import Markup
 from .text_patterns import ANY, searching, text_patterns
 
 MAX_ALTERNATIVES = 256
-MAX_DEPTH, MAX_STEPS = 64, 16384  # of references and combinations
+MAX_DEPTH, MAX_STEPS = 64, 16384  # bounds on references and combinations
 MAX_COUNTED = 64  # members of a schema that bounds their number
 _NAME = r"[^<>\s]+( [^<>\s]+)*"
 _COMBINED = frozenset({"$ref", "allOf", "nullable", *UNIONS})

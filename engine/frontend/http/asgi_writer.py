@@ -26,7 +26,7 @@ class AsgiWriter:
         self._send = cast(Callable[[MutableMapping[str, Any]], Coroutine[Any, None, None]], send)
         self._on_idle = on_idle
         self._loop = asyncio.get_running_loop()
-        self._task: asyncio.Task[None] | None = None  # of a send that waits; the loop keeps none alive
+        self._task: asyncio.Task[None] | None = None  # a waiting send, kept alive here: the loop does not
         self.busy = False
 
     def write(self, body: bytes, more: bool) -> None:

@@ -14,7 +14,7 @@ from ..api.outline import PLAIN_BYTES
 from ..formats.json_text import start_of_object
 from .habits import Habits
 
-MAX_DEPTH = 64  # of nested arguments that are given as an object; templates render them recursively
+MAX_DEPTH = 64  # nesting of arguments given as an object; templates render them recursively
 # The shortest texts that complete a value, wherever its text ends.
 _ENDS = (
     *("", '"', '": null', ": null", "null", "0"),

@@ -18,7 +18,7 @@ from .prompt_scores import PromptScores, RankedPrompt
 from .reasoning_tokens import ReasoningTokens
 from .stops import StopMatcher, StopRule
 
-MAX_RUNS = 32  # that are kept: the first ones
+MAX_RUNS = 32  # number of runs kept: the first ones
 REASONS = {Finish.STOP: "stop", Finish.LENGTH: "length", Finish.ABORT: "abort", Finish.ERROR: "error"}
 
 
@@ -90,7 +90,7 @@ class Generation:
     started: float = 0.0
     first: float = 0.0
     last: float = 0.0
-    stop_ids: frozenset[int] = field(init=False)  # those of ``stop``, at hand for every token
+    stop_ids: frozenset[int] = field(init=False)  # copies from ``stop``, since every token reads them
     _reasoning: ReasoningTokens | None = field(init=False, default=None)  # None once they are counted
     _num_reasoning: int = field(init=False, default=0)
 

@@ -28,7 +28,7 @@ PROBE_TOOL = {
     },
 }
 BROKEN_ARGUMENTS = f'{{"key": "{PROBE_VALUE}'
-THOUGHTS = ("reasoning", "reasoning_content", "thinking")  # of a message; gpt-oss reads the last
+THOUGHTS = ("reasoning", "reasoning_content", "thinking")  # fields of a message; gpt-oss reads the last
 SWITCHES = ("enable_thinking", "thinking")  # Qwen3 and GLM; DeepSeek-V3.1
 USER = {"role": "user", "content": "x"}
 
