@@ -47,7 +47,7 @@ class Experts(nn.Module):
         return self.w13.data, self.w2.data, *(self.form.biases or ())
 
     def spare(self, num_slots: int) -> Experts:
-        """Experts like these in slots of their own, to be loaded."""
+        """Unloaded experts of the same form, in slots of their own."""
         return Experts(self._config, num_slots, self._backend)
 
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Fp8Experts(nn.Module):
         return self.w13.data, self.w13_scales.data, self.w2.data, self.w2_scales.data
 
     def spare(self, num_slots: int) -> Fp8Experts:
-        """Experts like these in slots of their own, to be loaded."""
+        """Unloaded experts of the same form, in slots of their own."""
         return Fp8Experts(self._config, num_slots, self._backend)
 
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class FourBitExperts(nn.Module):
         return tuple(parameter.data for parameter in self.parameters())
 
     def spare(self, num_slots: int) -> FourBitExperts:
-        """Experts like these in slots of their own, to be loaded."""
+        """Unloaded experts of the same form, in slots of their own."""
         return FourBitExperts(self._config, num_slots, self._backend, self._format)
 
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:

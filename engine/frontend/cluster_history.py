@@ -1,6 +1,6 @@
-"""The last changes of the cluster, as this frontend has heard of them, with their times.
+"""The last changes of the cluster that this frontend has received, with their times.
 
-A state says how things are, not since when. Whoever looks at a cluster in trouble asks that first.
+A state has no times, which someone who looks at a cluster in trouble needs first.
 """
 
 from __future__ import annotations

@@ -69,10 +69,10 @@ class Prefill:
         return None if seconds is None else self._take(np.array(chunks, np.int64).reshape(-1, 4))
 
     def _seconds(self, load: DecodeLoad) -> float:
-        """Seconds that prompts may make this step take; infinity: as long as it takes.
+        """Bound on the seconds of this step, infinity without one.
 
-        Where rows decode, that is the inter-token target. Where decoding alone exceeds it, or comes
-        near, prompts still get their share of the time.
+        If rows decode, it is the inter-token target. Prompts still get their share of the time if
+        decoding alone takes about as long or longer.
         """
         spec = self._group.spec
         seconds = spec.step_time_limit or math.inf

@@ -1,8 +1,8 @@
-"""Requests under whose steps ranks have died, to find one that kills a rank on every replay.
+"""Detects requests that kill a rank on every replay.
 
-A death says little about the many requests of its section. Those of two deaths that have got no
-token in between are suspects. From then on suspects run one at a time beside the others: a token
-clears a suspect, another death finds it guilty.
+One death says little about the many requests of its section. A request that was in two of them and
+got no token in between is a suspect. From then on suspects run one at a time beside the others: a
+token clears a suspect, another death finds it guilty.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def bottleneck(settings: Settings, causes: Causes) -> str:
 def _delay(settings: Settings, causes: Causes) -> str:
     """The cause of delay, up to the name of the slowest part.
 
-    Causes in their order: without pages a request gets no slot, without a slot no prefill.
+    Checked in order: without pages a request gets no slot, without a slot no prefill.
     """
     spec, steps, pages, held = settings.spec, causes.steps, causes.pages, causes.held
     most = "; the largest part of step time is"
