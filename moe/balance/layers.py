@@ -30,7 +30,7 @@ _LEVEL = 1e-7  # relative precision of ``level_L``
 
 
 class Layers:
-    """Experts_LP, replicas_LE, shares_LE (the load of one replica of every expert) and ranks_LW
+    """experts_LP, replicas_LE, shares_LE (the load of one replica of every expert) and ranks_LW
     (the load of every rank) are changed by ``put`` and ``swap``. bits_LWE uint8: HELD where a rank
     has a slot of an expert, FOREIGN where it had none at first; neither is set for empty slots.
     foreign_LP: 1 where the expert of a slot is foreign, else 0. If a rank has several slots of an

@@ -70,7 +70,7 @@ class Dispatcher(Protocol):
 
     @property
     def counts_LS(self) -> Tensor:
-        """Int64 on the device: tokens of every own slot since the counts were last zeroed."""
+        """int64 on the device: tokens of every own slot since the counts were last zeroed."""
         ...
 
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
@@ -96,12 +96,12 @@ class Dispatcher(Protocol):
 
 
 def padding_of(num_tokens: int, real_1: Tensor | None) -> Tensor | None:
-    """Padding_T1 bool: tokens that are padding, by ``real_1`` of ``begin_step``."""
+    """padding_T1 bool: tokens that are padding, by ``real_1`` of ``begin_step``."""
     if real_1 is None:
         return None
     return torch.arange(num_tokens, device=real_1.device)[:, None] >= real_1
 
 
 def zero_counts(placement: Placement, device: torch.device) -> Tensor:
-    """Sets ``counts_LS`` to 0."""
+    """Zeros for ``counts_LS``."""
     return torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device=device)
