@@ -106,7 +106,7 @@ class Mesh(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     def reporter(self, data: int) -> int:
         """The member that reports the tokens of ``data``: the first of the last stage."""
-        return self.rank(self.pipeline - 1, data, 0)
+        return self._reporters[data]
 
     def samples(self, rank: int) -> bool:
         """Whether ``rank`` is the reporter of its data index."""
@@ -119,8 +119,12 @@ class Mesh(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return tuple(self.coordinates(rank).data for rank in range(self.world))
 
     @cached_property
+    def _reporters(self) -> tuple[int, ...]:
+        return tuple(self.rank(self.pipeline - 1, data, 0) for data in range(self.data))
+
+    @cached_property
     def _samples(self) -> tuple[bool, ...]:
-        reporters = set(map(self.reporter, range(self.data)))
+        reporters = set(self._reporters)
         return tuple(rank in reporters for rank in range(self.world))
 
     @cached_property

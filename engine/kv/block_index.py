@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ...kernels.splitmix import mix64
 from ..protocol.arrays import Int32, Int64, UInt64, ragged
 
-_EMPTY = -1
-_TOMBSTONE = -2
+_EMPTY = np.int32(-1)
+_TOMBSTONE = np.int32(-2)
 _WINDOW = np.arange(8)
 """Places that a search looks at together: most reach an empty one within them."""
 
@@ -87,12 +87,10 @@ class BlockIndex:
         found, at = self._search(key_a, key_b, home)
         taken = np.zeros(len(pages), np.bool_)
         todo = (found < 0).nonzero()[0]
+        self._table[at[todo]] = entries[todo]
         while todo.size:
-            places, own = at[todo], entries[todo]
-            free = self._table[places] < 0
-            self._table[places[free]] = own[free]
-            there = self._table[places]
-            won = there == own
+            there = self._table[at[todo]]
+            won = there == entries[todo]
             taken[todo[won]] = True
             if won.all():
                 break
@@ -100,6 +98,8 @@ class BlockIndex:
             page = there & self._page_bits
             todo = todo[~won & ((self._key_a[page] != key_a[todo]) | (self._key_b[page] != key_b[todo]))]
             at[todo] = (at[todo] + 1) & self._mask
+            free = todo[self._table[at[todo]] < 0]
+            self._table[at[free]] = entries[free]
         at, pages = at[taken], pages[taken]
         self._entry_of_page[pages] = at
         self.size += len(pages)
@@ -108,7 +108,9 @@ class BlockIndex:
 
     def remove(self, pages: Int64) -> None:
         """Removes the entries of pages [n] that have one."""
-        pages = pages[self._entry_of_page[pages] >= 0]
+        pages = pages[self.holds(pages)]
+        if not len(pages):
+            return
         entries = self._entry_of_page[pages]
         self._entry_of_page[pages] = -1
         self._table[entries] = np.where(self._passed[entries] > 0, _TOMBSTONE, _EMPTY)
@@ -134,7 +136,8 @@ class BlockIndex:
     def evictable(self, references: NDArray[np.int32], first: int, count: int) -> Int64:
         """Indexed pages of [first, first + count) without references."""
         span = slice(first, first + count)
-        return np.flatnonzero((references[span] == 0) & (self._entry_of_page[span] >= 0)) + first
+        pages: Int64 = ((references[span] == 0) & (self._entry_of_page[span] >= 0)).nonzero()[0] + first
+        return pages
 
     def check(self) -> None:
         """Integrity: both directions agree and the size is right. Raises AssertionError."""
@@ -177,10 +180,9 @@ class BlockIndex:
                 same = (self._key_a[page] == key_a[asked]) & (self._key_b[page] == key_b[asked])
                 found[asked[same]] = page[same]
             vacant = entries < 0
-            first = vacant.argmax(axis=1)
-            fresh = ((free[todo] < 0) & vacant[np.arange(len(todo)), first]).nonzero()[0]
-            free[todo[fresh]] = at[fresh] + first[fresh]
-            left = ((found[todo] < 0) & (entries != _EMPTY).all(axis=1)).nonzero()[0]
+            fresh = ((free[todo] < 0) & _any(vacant)).nonzero()[0]
+            free[todo[fresh]] = at[fresh] + vacant[fresh].argmax(axis=1)
+            left = ((found[todo] < 0) & ~_any(entries == _EMPTY)).nonzero()[0]
             todo, at, tag = todo[left], at[left] + len(_WINDOW), tag[left]
         free &= self._mask
         return found, free
@@ -198,3 +200,9 @@ class BlockIndex:
         places &= self._mask
         np.add.at(self._passed, places, np.int32(change))
         return places
+
+
+def _any(windows: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether each of windows [n, 8] has a true place; numpy is slow along a short dimension."""
+    some: NDArray[np.bool_] = windows.view(np.uint64)[:, 0] != 0
+    return some

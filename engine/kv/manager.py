@@ -149,7 +149,7 @@ class KVManager:
         """Evicts until each data index has ``wanted`` [D] free pages. Returns the data indices
         without enough.
         """
-        short = np.flatnonzero(wanted > self._top)
+        short = (wanted > self._top).nonzero()[0]
         if short.size:
             for data in short.tolist():
                 lacking = int(min(wanted[data] - self._top[data], self._cached[data]))
@@ -185,7 +185,7 @@ class KVManager:
         self._clock += 1
         # Deeper blocks are older, so that eviction shortens prefixes from their end.
         self._stamp[pages] = (self._clock << _DEPTH_BITS) - depth
-        idle = np.flatnonzero(left == 0)
+        idle = (left == 0).nonzero()[0]
         if (before - left > 1).any():  # rows shared pages: count each once
             idle = idle[np.unique(pages[idle], return_index=True)[1]]
         done, owner = pages[idle], data[rows[idle]]
@@ -376,7 +376,9 @@ def _oldest(stamps: Int64, count: int) -> Int64:
     too.
     """
     last = np.partition(stamps, count - 1)[count - 1]
-    chosen = stamps < last
-    equal = np.flatnonzero(stamps == last)
-    chosen[equal[: count - int(np.count_nonzero(chosen))]] = True
-    return np.flatnonzero(chosen)
+    chosen = stamps <= last
+    surplus = np.count_nonzero(chosen) - count
+    if surplus:
+        chosen[(stamps == last).nonzero()[0][-surplus:]] = False
+    indices: Int64 = chosen.nonzero()[0]
+    return indices

@@ -46,9 +46,12 @@ class _Reservation:
 
 
 def _ascending(seconds: NDArray[np.float64]) -> Iterator[int]:
-    """Indices by value. The full sort is skipped if the caller takes the first index."""
-    yield int(seconds.argmin())
-    yield from np.argsort(seconds, kind="stable").tolist()[1:]
+    """Indices of finite values, by value. Sorts only if the caller skips the first index."""
+    first = int(seconds.argmin())
+    if seconds[first] < np.inf:
+        yield first
+        order = np.argsort(seconds, kind="stable")
+        yield from order[1 : np.count_nonzero(seconds < np.inf)].tolist()
 
 
 class Admission:
@@ -86,8 +89,11 @@ class Admission:
                 self._announce(placed[announced:])
                 announced = len(placed)
                 blocks, hit = self._match([request])[0], 1
-            cost = seconds - (token * group.page_size * blocks if hit else 0.0)
+            cost = seconds
+            if hit:
+                cost = cost - token * group.page_size * blocks
             if request.affinity:
+                cost = cost.copy()
                 cost[request.affinity % len(cost)] -= _PULL * token * request.num_staged
             place = self._place(request, blocks, cost)
             if place is _Wait.FOR_ROOM:
@@ -98,7 +104,8 @@ class Admission:
             placed.append(place)
             if first:
                 prefixes.add(first)
-            seconds[place.data] += self._added_seconds(place)
+            more = group.rows.num_free(place.data) > 0
+            seconds[place.data] += self._added_seconds(place) if more else np.inf
         self._announce(placed[announced:])
         self._occupy(placed)
 
@@ -112,14 +119,17 @@ class Admission:
         return min(request.num_hashes, request.num_skippable // self._group.page_size)
 
     def _queue_seconds(self) -> NDArray[np.float64]:
-        """Predicted seconds [D] that a new request would wait for and share."""
+        """Predicted seconds [D] that a new request would wait for and share; infinity where no row
+        is free.
+        """
         group, rows = self._group, self._group.rows
         waiting = ((rows.state >= State.PRELOADING) & (rows.state <= State.PREFILL)).nonzero()[0]
         left = (rows.prompt[waiting] - rows.sent[waiting]).astype(np.float64)
         backlog = np.bincount(rows.data(waiting), weights=left, minlength=rows.num_data).astype(np.float64)
-        return group.cost.queue_seconds(
-            backlog, group.num_running(), group.kv.used() * group.page_size, _HORIZON
-        )
+        running = group.num_running()
+        seconds = group.cost.queue_seconds(backlog, running, group.kv.used() * group.page_size, _HORIZON)
+        seconds[~group.steps.alive | (running >= rows.num_slots)] = np.inf
+        return seconds
 
     def _added_seconds(self, place: _Reservation) -> float:
         """Predicted seconds that a request just placed adds for the next one on its data index."""
@@ -129,10 +139,8 @@ class Admission:
 
     def _place(self, request: Request, blocks: Int64, seconds: NDArray[np.float64]) -> _Reservation | _Wait:
         """Takes a row and pages on the data index with the least ``seconds`` [D] that has room."""
-        group, rows, kv, alive = self._group, self._group.rows, self._group.kv, self._group.steps.alive
+        group, kv = self._group, self._group.kv
         for data in _ascending(seconds):
-            if not alive[data] or not rows.num_free(data):
-                continue
             shared = kv.prefix(data, request.hashes_h128, int(blocks[data]))
             if len(shared) and kv.is_pending(shared):
                 return _Wait.FOR_BLOCK
@@ -140,7 +148,7 @@ class Admission:
             if not group.has_headroom(data, fresh):
                 continue
             if kv.reserve(data, shared, fresh):
-                rows.claim(data, request)
+                group.rows.claim(data, request)
                 return _Reservation(request, data, shared, len(shared), fresh)
         return _Wait.FOR_ROOM
 
@@ -179,11 +187,13 @@ class Admission:
         if group.changes is not None:
             self._tell_adopted(placed)
         for place, num_cached in zip(placed, cached, strict=True):
-            group.preloads.send(place.request, place.data)
-            if not place.request.started:
-                group.counters.prefix_queries += place.request.num_prompt
+            request = place.request
+            group.preloads.send(request, place.data)
+            if not request.started:
+                num_prompt = request.num_prompt
+                group.counters.prefix_queries += num_prompt
                 # One that goes on after a restart of its frontend may find its output cached, too.
-                group.counters.prefix_hits += min(num_cached, place.request.num_prompt)
+                group.counters.prefix_hits += min(num_cached, num_prompt)
 
     def _tell_adopted(self, placed: list[_Reservation]) -> None:
         """Publishes blocks of an earlier controller once a request brings their tokens."""

@@ -107,7 +107,7 @@ class Group:
 
     def num_free_rows(self) -> int:
         """Rows that waiting requests can have at once, pages permitting."""
-        return sum(map(self.rows.num_free, self.steps.living()))
+        return int((self.rows.num_slots - self.num_running())[self.steps.alive].sum())
 
     def has_headroom(self, data: int, fresh: int) -> bool:
         """Whether ``data`` has ``fresh`` pages and one more for every running row, which may soon

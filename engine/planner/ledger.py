@@ -7,6 +7,7 @@ to what is acknowledged.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -82,7 +83,7 @@ class Ledger:
         finishes = rows.finish[row].tolist()
         rows.vacate(drained)
         for request, finish, emitted in zip(requests, finishes, tokens, strict=True):
-            request.emitted_i32 += emitted
+            request.emit(emitted)
             if finish >= _ABORT:
                 self.end(request, Finish(finish))
             elif finish == _NONE:
@@ -146,12 +147,13 @@ class Ledger:
             counted = int(counts.sum())
         assert len(counts) == len(row), f"step {flight.step}: {len(counts)} rows reported, {len(row)} planned"
         assert counted == len(tokens), f"step {flight.step}: {len(tokens)} tokens for {counted} counted"
-        ended = self._ended(results, spans, len(row))
+        starts = [0, *accumulate(span.stop - span.start for span in spans)]
+        ended = self._ended(results, starts)
         if not one_each or group.spec.max_advance > 1:
             decode = _joined([flight.decode[span] for span in spans])
             rows.narrow(row[decode], counts[decode], group.spec.max_advance)
 
-        for index, reason in self._errors(results, spans):
+        for index, reason in self._errors(results, starts):
             if rows.finish[row[index]] == _NONE:
                 self.fail(rows.request(int(row[index])), reason)
         live = rows.finish[row] == _NONE
@@ -168,26 +170,25 @@ class Ledger:
         self._logprobs(flight, results)
         self._prompt_logprobs(flight, results)
         for index in finish.nonzero()[0].tolist():
-            self._finish(int(row[index]), Finish(int(finish[index])))
+            self._finish(int(row[index]), int(finish[index]))
 
-    def _ended(self, results: list[StepResult], spans: list[slice], num_rows: int) -> NDArray[np.bool_]:
-        """Whether each row's last token is one of its stop ids [num_rows]."""
-        ended = np.zeros(num_rows, np.bool_)
-        start = 0
-        for result, span in zip(results, spans, strict=True):
+    def _ended(self, results: list[StepResult], starts: list[int]) -> NDArray[np.bool_]:
+        """Whether each row's last token is one of its stop ids [starts[-1]]. The rows of each
+        result begin at ``starts``.
+        """
+        ended = np.zeros(starts[-1], np.bool_)
+        for start, result in zip(starts, results, strict=False):
             if result.ended_i32:
                 ended[start + np.frombuffer(result.ended_i32, np.int32)] = True
-            start += span.stop - span.start
         return ended
 
-    def _errors(self, results: list[StepResult], spans: list[slice]) -> list[tuple[int, str]]:
+    def _errors(self, results: list[StepResult], starts: list[int]) -> list[tuple[int, str]]:
         """Rows that cannot go on, by their index among all rows reported, and the reasons."""
-        errors = []
-        start = 0
-        for result, span in zip(results, spans, strict=True):
-            errors += [(start + error.row, error.reason) for error in result.errors]
-            start += span.stop - span.start
-        return errors
+        return [
+            (start + error.row, error.reason)
+            for start, result in zip(starts, results, strict=False)
+            for error in result.errors
+        ]
 
     def _logprobs(self, flight: Flight, results: list[StepResult]) -> None:
         """Sends log-probabilities of sampled tokens to frontends, for rows still live."""
@@ -222,7 +223,7 @@ class Ledger:
                     request.scored = max(request.scored, item.position + len(item.chosen_f32) // 4 - 1)
                     self._outbox.prompt_logprobs(request.frontend, structs.replace(item, of=request.handle))
 
-    def _finish(self, row: int, finish: Finish) -> None:
+    def _finish(self, row: int, finish: int) -> None:
         """Ends a request whose last token is in: notifies its client and lets its row drain."""
         group = self._group
         group.close(group.rows.request(row))
@@ -230,7 +231,7 @@ class Ledger:
         if group.rows.state[row] != State.DRAINING:
             self._leave(row, finish)
 
-    def _leave(self, row: int, finish: Finish) -> None:
+    def _leave(self, row: int, finish: int) -> None:
         """Takes a row out of all further plans, with the reason why its request ended."""
         group = self._group
         group.rows.end(row, finish)
@@ -282,10 +283,10 @@ class Ledger:
         if group.overlap.mode == "auto":
             longest = float(flight.tokens.max()), float(flight.kv.max()), float(flight.context.max())
             group.overlap.observe(flight, results, group.cost.seconds(*longest))
-        slowest = max(results, key=lambda result: result.seconds - result.waited)
-        seconds = slowest.seconds - slowest.waited
+        busy = [result.seconds - result.waited for result in results]
+        seconds = max(busy)
         if seconds > 0:
-            data = group.mesh.data_of_rank(slowest.rank)
+            data = group.mesh.data_of_rank(results[busy.index(seconds)].rank)
             group.cost.observe(
                 float(flight.tokens[data]), float(flight.kv[data]), float(flight.context[data]), seconds
             )

@@ -225,6 +225,9 @@ class Planner:
             assert (request is None) == (rows.state[row] == State.FREE), (
                 f"row {row}: state {rows.state[row]}, request {request}"
             )
+        for request in group.open.values():
+            num_bytes = len(request.prompt_i32) + len(request.emitted_i32)
+            assert 4 * request.num_staged == num_bytes, f"request {request.handle}: staged tokens miscounted"
         for data in range(group.mesh.data):
             held = [rows.pages[row, : rows.num_pages[row]] for row in rows.of_data(data)]
             num_pages = len(np.unique(np.concatenate(held)))

@@ -36,6 +36,6 @@ class PrefillQueues:
         """Data indices with rows of ``cohort`` that wait and are not held, and those rows."""
         cohorts, held = self._rows.cohort, self._rows.held
         for data, queue in enumerate(self._queues):
-            rows = [row for row in queue if cohorts[row] == cohort and not held[row]]
+            rows = queue and [row for row in queue if cohorts[row] == cohort and not held[row]]
             if rows:
                 yield data, rows

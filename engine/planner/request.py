@@ -34,7 +34,8 @@ class Request:
     is the last prompt position whose log-probability is known, if the client asked for them.
     ``hashes_h128`` are the hashes of its full blocks after ``root``, empty without prefix caching.
     ``staged`` identifies its preloaded prompt, ``unacknowledged`` the ranks that lack it.
-    ``preemptions`` counts how often others took its pages.
+    ``preemptions`` counts how often others took its pages. ``num_staged`` tokens must be on a rank
+    before it can sample the next one.
     """
 
     frontend: int
@@ -56,6 +57,10 @@ class Request:
     unacknowledged: set[int] = field(default_factory=set)
     started: bool = False
     preemptions: int = 0
+    num_staged: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_staged = (len(self.prompt_i32) + len(self.emitted_i32)) // 4
 
     @classmethod
     def from_submit(cls, frontend: int, order: int, submit: Submit) -> Request:
@@ -84,11 +89,6 @@ class Request:
         return len(self.emitted_i32) // 4
 
     @property
-    def num_staged(self) -> int:
-        """Tokens a rank must hold before it can sample the next one."""
-        return (len(self.prompt_i32) + len(self.emitted_i32)) // 4
-
-    @property
     def num_skippable(self) -> int:
         """Leading tokens that need not be computed if they are cached. The last token is always
         computed, to sample from it; so is every token whose successor's log-probability is still to
@@ -112,6 +112,11 @@ class Request:
         if 4 * end <= len(self.prompt_i32):
             return self.prompt_i32[4 * start : 4 * end]
         return (self.prompt_i32 + self.emitted_i32 + later_i32)[4 * start : 4 * end]
+
+    def emit(self, tokens_i32: bytes) -> None:
+        """Appends tokens that were sampled since its admission."""
+        self.emitted_i32 += tokens_i32
+        self.num_staged += len(tokens_i32) // 4
 
     def hash_outputs(self, tokens_i32: bytes, page_size: int) -> None:
         """Appends the hashes of the blocks that ``tokens_i32`` complete: those sampled since its

@@ -29,6 +29,7 @@ class StepSequence:
         self.flights: dict[int, Flight] = {}
         self.alive = np.ones(mesh.data, np.bool_)
         self.rebasing = np.ones(mesh.data, np.bool_)
+        self._heard = [False] * mesh.world  # ranks of data indices that live and are not set back
         self.vacant: tuple[int, ...] = ()
         self._restarting = True
 
@@ -94,13 +95,12 @@ class StepSequence:
         """Whether a result is new and belongs to a plan in flight; a data index that is set back or
         has left gives none.
         """
-        data = self._mesh.data_of_rank(result.rank)
-        return bool(
+        rank, step = result.rank, result.step
+        return (
             result.epoch == self.epoch
-            and self.alive[data]
-            and not self.rebasing[data]
-            and result.step > self.acknowledged[result.rank]
-            and result.step in self.flights
+            and self._heard[rank]
+            and step > self.acknowledged[rank]
+            and step in self.flights
         )
 
     def follows(self, result: StepResult) -> bool:
@@ -137,6 +137,7 @@ class StepSequence:
         self.alive[:] = True
         self.alive[list(absent)] = False
         self.rebasing[list(absent)] = True
+        self._listen()
         self.vacant = self._mesh.positions(absent)
 
     def set_back(self, data: int) -> None:
@@ -144,6 +145,7 @@ class StepSequence:
         count.
         """
         self.rebasing[data] = True
+        self._listen()
         self._assume_executed(data)
         if self.rebasing[self.alive].all():
             self.flights.clear()
@@ -151,9 +153,17 @@ class StepSequence:
 
     def rebased(self) -> None:
         """Books that a plan has cleared every data index that was set back."""
+        if not self.rebasing.any():
+            return
         for data in np.flatnonzero(self.rebasing & self.alive).tolist():
             self._assume_executed(data)
         self.rebasing[self.alive] = False
+        self._listen()
+
+    def _listen(self) -> None:
+        """Notes whose results count."""
+        heard = (self.alive & ~self.rebasing).tolist()
+        self._heard = [heard[self._mesh.data_of_rank(rank)] for rank in range(self._mesh.world)]
 
     def _assume_executed(self, data: int) -> None:
         for rank in self._mesh.members(data):

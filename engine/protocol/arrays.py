@@ -19,8 +19,8 @@ def ragged(counts: Int64) -> tuple[Int64, Int64]:
     """For lists of ``counts`` [n] elements laid end to end: each element's list, and its index in
     that list.
     """
-    owners = np.repeat(np.arange(len(counts)), counts)
-    return owners, np.arange(len(owners)) - (np.cumsum(counts) - counts)[owners]
+    owners = np.arange(len(counts)).repeat(counts)
+    return owners, np.arange(len(owners)) - (counts.cumsum() - counts)[owners]
 
 
 def as_keys(hashes_h128: bytes) -> UInt64:
