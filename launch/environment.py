@@ -54,9 +54,7 @@ def ray_settings() -> dict[str, str]:
 
 
 def ray_is_guarded() -> bool:
-    """Whether processes of Ray prove to each other that they belong together: by a token, or by
-    certificates.
-    """
+    """Whether processes of Ray authenticate each other: by a token, or by certificates."""
     by_token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
     return by_token or os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true")
 
@@ -136,8 +134,9 @@ def process_settings(*, threads: int, loopback: bool, isa: str = "auto") -> dict
 
 
 def nccl_settings(deadline: float) -> dict[str, str]:
-    """Settings of ranks on GPUs: NCCL's communicators are aborted by their rank, which meets the
-    others again. torch would end the process instead, and waits ``deadline`` seconds in a meeting.
+    """Settings of ranks on GPUs: NCCL's communicators are aborted by their rank, which then joins
+    the others again. torch would end the process instead, and waits ``deadline`` seconds for a
+    group to form.
     """
     return {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
@@ -157,7 +156,7 @@ def keep_triton_kernels() -> None:
 
 
 def tracing_settings() -> dict[str, str]:
-    """The user's settings of OpenTelemetry, for frontends that another process starts than this."""
+    """The user's settings of OpenTelemetry, for frontends that another process starts."""
     return {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
 
 

@@ -47,7 +47,7 @@ class Experts(nn.Module):
         return self.w13.data, self.w2.data, *(self.form.biases or ())
 
     def spare(self, num_slots: int) -> Experts:
-        """Experts like these in slots of their own, to be loaded."""
+        """Unloaded experts of the same form, in slots of their own."""
         return Experts(self._config, num_slots, self._backend)
 
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Fp8Experts(nn.Module):
         return self.w13.data, self.w13_scales.data, self.w2.data, self.w2_scales.data
 
     def spare(self, num_slots: int) -> Fp8Experts:
-        """Experts like these in slots of their own, to be loaded."""
+        """Unloaded experts of the same form, in slots of their own."""
         return Fp8Experts(self._config, num_slots, self._backend)
 
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:
@@ -108,8 +108,8 @@ class Fp8Experts(nn.Module):
 class FourBitExperts(nn.Module):
     """``Experts`` in 4 bits (``kernels.reference.four_bit.FourBit``): w13 uint8 [S, 2F, D / 2] with
     w13_scales [S, 2F, G], w2 uint8 [S, D, F / 2] with w2_scales; w13_factors [S, 2] and w2_factors
-    [S, 1] where the format has factors. They are computed with as what they stand for. Biases, if
-    any, are those of ``Experts``.
+    [S, 1] where the format has factors. Products use the dequantised values. Biases, if any, are
+    those of ``Experts``.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class FourBitExperts(nn.Module):
         return tuple(parameter.data for parameter in self.parameters())
 
     def spare(self, num_slots: int) -> FourBitExperts:
-        """Experts like these in slots of their own, to be loaded."""
+        """Unloaded experts of the same form, in slots of their own."""
         return FourBitExperts(self._config, num_slots, self._backend, self._format)
 
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def _biases(
 
 
 def _wide(received: Received) -> Tensor:
-    """Tokens of experts that do not take quantised ones."""
+    """Tokens in the model's dtype. Raises if they are quantised: these experts do not take them."""
     assert isinstance(received.x_ND, Tensor), "only experts in FP8 take tokens in FP8"
     return received.x_ND
 
@@ -197,7 +197,7 @@ def read_slot(experts: AnyExperts, slot: int, row: Tensor | None = None) -> Tens
 
 
 def slot_form(experts: AnyExperts) -> str:
-    """The form in which a slot's weights travel; ranks of the same can exchange experts."""
+    """The form in which a slot's weights travel; ranks with the same form can exchange experts."""
     return " and ".join(
         f"{str(part.dtype).removeprefix('torch.')} {'x'.join(map(str, part.shape[1:]))}"
         for part in experts.by_slot

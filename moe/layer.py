@@ -50,7 +50,7 @@ class Gate(nn.Module):
 
 
 class SharedExperts(SwiGLU):
-    """The experts that every token passes, as one block of ``shared_width``, and the gate of their
+    """The experts that process every token, as one block of ``shared_width``, and the gate of their
     output if there is one.
     """
 
@@ -67,7 +67,7 @@ class SharedExperts(SwiGLU):
             self._opening = functools.partial(F.linear, weight=self.gate.weight)
 
     def _bound(self) -> Projection | None:
-        """The product with gate and up, where they are merged and read this rank's tokens alone."""
+        """The merged product with gate and up, if there is one over this rank's tokens alone."""
         merged = self._ops.merges_shared_experts and not self._split.gathers
         return Projection(*self.gate_up_proj.operands) if merged else None
 

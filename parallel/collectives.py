@@ -128,7 +128,8 @@ class Collectives:
         prefix = f"{self._name}/{epoch}"
         try:
             met = PrefixStore(prefix, self.store)
-            index, size = self._present.index(self.index), len(self._present)
+            index = self._present.index(self.index)
+            size = len(self._present)
             self._group = self._transport.meet(met, index, size, self._deadline)
             if self._transport.on_host:
                 self._prove(met)

@@ -240,7 +240,8 @@ class SwiGLU(nn.Module):
         member: Member = UNSPLIT,
     ) -> None:
         super().__init__()
-        rows, columns = shard_of(member, 0), shard_of(member, 1)
+        rows = shard_of(member, 0)
+        columns = shard_of(member, 1)
         width //= rows.parts
         self.down_proj = Linear(width, hidden, backend, shard=columns)
         self._down = self.down_proj.forward

@@ -75,7 +75,10 @@ class NcclEpLibrary:
         """A handle for every lane, over a communicator of its own. All ranks call alike, each with
         its device as the current one.
         """
-        size, index, core, ep = ranks.Get_size(), ranks.Get_rank(), self._core, self._ep
+        size = ranks.Get_size()
+        index = ranks.Get_rank()
+        core = self._core
+        ep = self._ep
         own = core.get_unique_id().as_bytes if index == 0 else None
         unique = core.UniqueId.from_bytes(ranks.bcast(own, 0))
         communicator = core.Communicator.init(size, index, unique)

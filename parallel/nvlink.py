@@ -218,7 +218,8 @@ class RoundsAlone:
 
         self._tokens = zeros(hidden, torch.uint8 if shape.eight else shape.dtype)
         self._scales = zeros(-(-hidden // 128), torch.float32) if shape.eight else None
-        self._ids, self._weights = zeros(shape.top_k, torch.int32) - 1, zeros(shape.top_k, torch.float32)
+        self._ids = zeros(shape.top_k, torch.int32) - 1
+        self._weights = zeros(shape.top_k, torch.float32)
         self._sums = zeros(hidden, shape.dtype)
 
     def dispatch(

@@ -20,8 +20,8 @@ Started = torch.Event | None
 
 class OneEpochGroup:
     """The memory of ``size`` ranks in which they exchange; this rank is ``index``. On GPUs
-    exchanges run on a stream of their own, beside what is computed meanwhile. ``means``: the name
-    of the memory.
+    exchanges run on a stream of their own, beside computation. ``means``: name of the memory in
+    messages.
 
     A kind of memory fills ``_meet``, ``_stand_in`` and ``_drop``.
     """

@@ -108,7 +108,8 @@ class SharedGroup:
     def _reduce_scatter_base(self, output: Tensor, rows: Tensor) -> Any:
         if not self._has_room(rows.nbytes):
             return self._gloo._reduce_scatter_base(output, rows)
-        number, run = self._send(rows), len(output)
+        number = self._send(rows)
+        run = len(output)
         own = rows[self._index * run : (self._index + 1) * run]
         take = functools.partial(self._add_up, number, output, own, self._index * output.nbytes)
         return _Arrival(self, number, self._others, take)

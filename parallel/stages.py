@@ -53,7 +53,8 @@ def split_layers(
 
 def _least_slowest(costs: Sequence[int], num_stages: int) -> int:
     """The least cost that no stage has to exceed."""
-    low, high = max(costs), sum(costs)
+    low = max(costs)
+    high = sum(costs)
     while low < high:
         middle = (low + high) // 2
         if _fewest_stages(costs, middle) <= num_stages:

@@ -400,12 +400,125 @@ def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
     ]
 
 
+def comments(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of comments that have a line of their own; several lines in a row are one."""
+    before = ""
+    for number, line in enumerate(map(str.lstrip, path.read_text(encoding="utf-8").splitlines()), start=1):
+        if line.startswith("# ") and not before.startswith("#"):
+            yield number, line[2:]
+        before = line
+
+
+def help_texts(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of what options and keys of recipes say of themselves."""
+    for node in ast.walk(tree(path)):
+        if (
+            isinstance(node, ast.keyword)
+            and node.arg in ("help", "description")
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            yield node.value.lineno, node.value.value
+
+
+def test_comments_and_help_texts_begin_with_a_noun_or_a_verb() -> None:
+    assert not [
+        f"{where(path, line)}: {text}"
+        for path in (*SOURCES, *TESTS)
+        for line, text in (*comments(path), *help_texts(path))
+        if text.startswith(RIDDLES)
+    ]
+
+
+def computes(value: ast.expr) -> bool:
+    """Whether an expression calls something (``len`` is free) or has two operators."""
+    nodes = list(ast.walk(value))
+    operators = sum(isinstance(node, ast.BinOp | ast.BoolOp | ast.Compare | ast.UnaryOp) for node in nodes)
+    return operators > 1 or any(
+        isinstance(node, ast.Call) and ast.unparse(node.func) != "len" for node in nodes
+    )
+
+
+def packed_assignments(module: ast.Module) -> Iterator[int]:
+    """Lines of assignments that pack two computations or more into one statement."""
+    for node in ast.walk(module):
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Tuple)
+            and any(isinstance(target, ast.Tuple) for target in node.targets)
+            and sum(map(computes, node.value.elts)) > 1
+        ):
+            yield node.lineno
+
+
+# Loops of compiled kernels and the code that emits them keep the halves of a vector on one line.
+COMPILED_FOR_CPUS = ROOT / "kernels" / "cpu"
+
+
+def test_an_assignment_computes_one_thing() -> None:
+    assert not [
+        where(path, line)
+        for path in SOURCES
+        if not path.is_relative_to(COMPILED_FOR_CPUS)
+        for line in packed_assignments(tree(path))
+    ]
+
+
+def test_the_check_of_assignments_can_fail() -> None:
+    packed = ("a, b = f(x), g(y)", "a, b = x * y + z, f(x)", "self.a, b = [f(x)], {g(y): z}")
+    plain = ("a, b = b, a", "a, b = 0, x.y", "a, b = f(x)", "a, b = f(x), y + 1", "a, b = len(x), f(x)")
+    assert all(list(packed_assignments(ast.parse(text))) for text in packed)
+    assert not any(list(packed_assignments(ast.parse(text))) for text in plain)
+
+
 def named_files(text: str) -> set[str]:
     """Files named in the code of a page: names with a folder and an extension."""
     code = " ".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))
     return set(
         re.findall(r"(?<![\w./~$<*{-])\w[\w.-]*/[\w./-]*\.(?:py|md|ya?ml|toml|sh|json|csv|txt|cpp)\b", code)
     )
+
+
+def bare_files(text: str) -> set[str]:
+    """Sources and pages named in the code of a page without a folder."""
+    return set(re.findall(r"`(\w[\w-]*\.(?:py|md|sh))`", text))
+
+
+def named_folders(text: str) -> set[Path]:
+    """Folders that a page names, by themselves or before a file."""
+    return {Path(name).parent for name in named_files(text)} | set(
+        map(Path, re.findall(r"`([\w/-]+)/`", text))
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_without_a_folder_are_in_one_that_the_document_names(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    roots = (ROOT, ROOT / "tests", document.parent)
+    folders = {root / folder for root in roots for folder in (Path(), *named_folders(text))}
+    assert not [
+        name for name in sorted(bare_files(text)) if not any((folder / name).exists() for folder in folders)
+    ]
+
+
+URLS = re.compile(r"https?://\S+|\]\([^)\s]*\)")
+
+
+def long_lines(text: str) -> list[str]:
+    """Lines of prose beyond 100 columns: tables, blocks of code, links and addresses are free."""
+    prose = re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [line for line in prose.splitlines() if line[:1] != "|" and len(URLS.sub("", line)) > 100]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_of_documents_have_at_most_100_columns(document: Path) -> None:
+    assert not long_lines(document.read_text(encoding="utf-8"))
+
+
+def test_the_check_of_long_lines_can_fail() -> None:
+    words = "word " * 30
+    assert long_lines(f"a\n{words}\n```\nb\n```\n- {words}\n") == [words, f"- {words}"]
+    assert not long_lines(f"| {words} |\n```sh\n{words}\n```\nsee https://a.b/{'c' * 100}\n")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -422,6 +535,9 @@ def test_the_architecture_names_files() -> None:
     names = named_files((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"))
     assert len(names) >= 8
     assert named_files("see `no/such.py`, engine/x.py and `engine.py`") == {"no/such.py"}
+    assert bare_files("see `no/such.py`, `engine.py` and x.py") == {"engine.py"}
+    assert named_folders("`a/b.py` beside `c/d/`") == {Path("a"), Path("c/d")}
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_packages_are_listed() -> None:

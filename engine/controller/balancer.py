@@ -49,7 +49,7 @@ class Balancer:
         self._trigger = Trigger()
         least = self._trigger.least_tokens(mesh.experts)
         self._window = LoadWindow(*loads.loads_LE.shape, _REPORTS, least)
-        self._reached = 1.0  # what the last search meant to reach, with the loads that it saw
+        self._reached = 1.0  # imbalance that the last search aimed at, with its loads
         self._seen = 0
         self._open: dict[int, Transfer] = {}
         self._newest = pilot.group.moves.committed  # id

@@ -49,7 +49,7 @@ class Gathering:
             self._reason = "the controller was lost, another one waits for the ranks"
         self.inheritance = Inheritance(-1 if self._succession is None else self._succession.epoch)
         self._kept: list[tuple[int, Submit | Abort]] = []
-        self._handles: set[tuple[int, int]] = set()  # of submits among them
+        self._handles: set[tuple[int, int]] = set()  # handles of submits among them
         draining = self._succession is not None and self._succession.draining
         self._drain_by = math.inf if draining else None
 

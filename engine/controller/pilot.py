@@ -140,7 +140,7 @@ class Pilot:
         self._pacer.work_arrived()
 
     def refused(self, message: Refused) -> None:
-        """A rank could not follow the chain of plans."""
+        """Handles a rank's refusal of a plan that does not follow its predecessor."""
         self._record("refused", message)
         self.planner.refused(message)
 

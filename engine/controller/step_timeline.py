@@ -76,7 +76,8 @@ class StepTimeline:
             busy = "Another timeline is being taken: ask again when it has ended"
             self._send(frontend, TimelineEnd(message.id, busy, 409))
             return
-        seconds, steps = min(message.seconds, MOST_SECONDS), min(message.steps, MOST_STEPS)
+        seconds = min(message.seconds, MOST_SECONDS)
+        steps = min(message.steps, MOST_STEPS)
         self._taken = _Open(frontend, message, epoch, now + seconds, steps)
 
     def mark(self, plan: GroupPlan, now: float) -> GroupPlan:

@@ -34,7 +34,8 @@ class StepTotals:
         self._last_D = np.zeros(mesh.data, np.int64)
         self._rows = self._dispatch_rows = self._overlapped = self._moved = 0
         self._overlap = False
-        self._busy_W, self._waited_W = np.zeros(world), np.zeros(world)
+        self._busy_W = np.zeros(world)
+        self._waited_W = np.zeros(world)
         self._phases_WP = np.zeros((world, len(PHASES)))
         self._load_LW = np.zeros((num_layers, world), np.int64)
         self._last_load_LW = np.zeros((num_layers, world), np.int64)

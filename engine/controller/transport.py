@@ -27,8 +27,10 @@ T = TypeVar("T")
 
 _MAX_DRAIN = 4096
 # Members of an enumeration cost a conversion at every call.
-_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
-_RCVMORE, _DONTWAIT = int(zmq.RCVMORE), int(zmq.DONTWAIT)
+_EVENTS = int(zmq.EVENTS)
+_POLLIN = int(zmq.POLLIN)
+_RCVMORE = int(zmq.RCVMORE)
+_DONTWAIT = int(zmq.DONTWAIT)
 BIND_SECONDS = 20.0
 
 
@@ -135,8 +137,8 @@ def _send(socket: zmq.Socket[bytes], name: bytes, message: Message) -> None:
 
 
 def _bind(sockets: list[zmq.Socket[bytes]], spec: ControllerSpec) -> tuple[str, ...]:
-    """Binds ``sockets`` to free ports, or to the addresses that peers of a predecessor know: waits
-    until the kernel has freed them, and until a peer that seeks them has not met itself there.
+    """Binds ``sockets`` to free ports, or to the addresses that peers of a predecessor know.
+    Retries these until the kernel has freed the ports, also from a peer's TCP self-connect.
     """
     if spec.succession is None:
         return tuple(

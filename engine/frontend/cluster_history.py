@@ -1,6 +1,6 @@
-"""The last changes of the cluster, as this frontend has heard of them, with their times.
+"""The last changes of the cluster that this frontend has received, with their times.
 
-A state says how things are, not since when. Whoever looks at a cluster in trouble asks that first.
+A state has no times, which someone who looks at a cluster in trouble needs first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_EVENTS = 100
 class ClusterHistory:
     """Compares each state with the one before. ``clock`` is Unix time.
 
-    A frontend that was started later than the cluster knows of nothing before its first state.
+    A frontend that started later than the cluster has no events before its first state.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
@@ -41,8 +41,8 @@ class ClusterHistory:
         self._events += [{"time": now, **event} for event in _changes(before, state)]
 
     def describe(self) -> dict[str, Any]:
-        """``time`` is now, ``heard`` the time of the last state, ``since`` that of its phase,
-        ``rank_since`` [rank] that of each rank's state; ``events``, the oldest first, are a
+        """``time`` is the current time, ``heard`` that of the last state, ``since`` that of its
+        phase, ``rank_since`` [rank] that of each rank's state; ``events``, the oldest first, are a
         ``kind`` (phase, rank, epoch, degraded or preemption) and a ``text``.
         """
         ranks = () if self._state is None else self._state.ranks

@@ -1,9 +1,9 @@
 """Takes the frontend's connections from the launcher, which accepts them and passes descriptors.
 
-The line to the launcher is a packet socket in the abstract namespace (Linux). The frontend says who
-it is, gets the memory of the shared counters, and says ``OPEN`` when it can serve. From then on it
-gets a packet with a descriptor for each connection, answers ``TAKEN`` to each, and says ``ENDED``
-when one has closed.
+The line to the launcher is a packet socket in the abstract namespace (Linux). The frontend sends
+its name, receives the memory of the shared counters, and sends ``OPEN`` when it can serve. From
+then on it receives a packet with a descriptor for each connection, answers ``TAKEN`` to each, and
+sends ``ENDED`` when one has closed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def connect(spec: AcceptorSpec, index: int) -> tuple[socket.socket, SharedCounte
 
 
 class Intake:
-    """Takes connections from ``line`` on the running loop, and says OPEN at once. ``make`` makes
+    """Takes connections from ``line`` on the running loop, and sends OPEN at once. ``make`` makes
     the protocol of a connection.
     """
 
@@ -62,8 +62,8 @@ class Intake:
         self._say(OPEN)
 
     def close(self) -> None:
-        """Takes no more connections and closes the line; the launcher offers elsewhere those not
-        taken. Open ones stay. Closing twice is harmless.
+        """Takes no more connections and closes the line; the launcher offers untaken connections to
+        other frontends. Open ones stay. Closing twice is harmless.
         """
         if not self._closed:
             self._closed = True

@@ -37,12 +37,13 @@ _log = logging.getLogger("lockstep.frontend")
 
 
 class ControllerLink:
-    """Belongs to the running loop, and says hello at once. Sends without waiting; calls
+    """Belongs to the running loop, and sends a hello at once. Sends without waiting; calls
     ``on_message`` with each message.
 
-    ``lost``: the controller does not answer. When it has not for ``spec.pause_deadline`` seconds,
-    ``on_lost`` is called. After silence, a broken connection or a standstill of this process,
-    messages may be lost: it says hello until it is answered, and then calls ``on_found``.
+    ``lost``: the controller does not answer. After ``spec.pause_deadline`` seconds without an
+    answer, ``on_lost`` is called. After silence, a broken connection or a standstill of this
+    process, messages may be lost: it repeats the hello until it is answered, and then calls
+    ``on_found``.
     """
 
     def __init__(

@@ -66,17 +66,15 @@ class OpenRequests:
         self._send(generation.submit)
 
     def abort(self, generation: Generation) -> None:
-        """Tells the engine that nobody waits for ``generation`` any more. The entry stays until the
-        engine has ended it.
-        """
+        """Asks the engine to abort ``generation``. The entry stays until the engine ends it."""
         if generation.finish is None:
             generation.finish = "abort"
             self._finished(generation, self._clock())
             self._send(Abort(generation.handle))
 
     def submit_again(self) -> None:
-        """Messages of either side may be lost: the engine is told of every open request again, with
-        the tokens that the client has, and of every abort. It ignores those that it has.
+        """Submits every open request again, with the tokens that the client has, and repeats every
+        abort, as messages of either side may be lost. The engine ignores those that it has.
         """
         for handle, generation in list(self._open.items()):
             if generation.finish is None:
@@ -86,7 +84,7 @@ class OpenRequests:
                 self._send(Abort(handle))
 
     def fail_all(self, error: ApiError) -> None:
-        """Fails and forgets all open requests: the controller is gone, or this process leaves."""
+        """Fails and forgets all open requests, when the controller or this process goes."""
         for generation in list(self._open.values()):
             if generation.finish is None:
                 self._fail(generation, error)
@@ -109,7 +107,7 @@ class OpenRequests:
                     del self._open[handle]
                 try:
                     self._on_entry(generation, position, tokens[start : start + count], finish, now, logprobs)
-                except Exception:  # a bug in one reply must not cost the others their tokens
+                except Exception:  # a bug in one reply must not affect the others
                     _log.exception("request %s failed", generation.submit.request_id)
                     self._break(generation)
             start += count
@@ -162,7 +160,7 @@ class OpenRequests:
         if generation.lacks_prompt and finish < Finish.ABORT:
             self._on_gap(generation, "Log-probabilities of the prompt")
             return
-        if finish == Finish.ABORT:  # nobody here asked for it: the engine took this process for gone
+        if finish == Finish.ABORT:  # an abort not requested here: the engine took this process for gone
             self._on_gap(generation, f"Output tokens from {generation.num_received} on")
             return
         if tokens:
@@ -190,8 +188,8 @@ class OpenRequests:
         self._fail(generation, ApiError(500, "Internal error while the answer was put together"))
 
     def _on_gap(self, generation: Generation, what: str) -> None:
-        """A part of a request was lost on its way. All after it would be wrong: the request goes on
-        under another handle after the tokens that the client has.
+        """Handles a lost part of a request. Everything after the gap would be wrong, so the request
+        continues under another handle, after the tokens that the client has.
         """
         if generation.finish is not None:
             return
@@ -216,6 +214,6 @@ class OpenRequests:
 
 
 def _resumed(generation: Generation, handle: int) -> Submit:
-    """The request to go on after the tokens received so far."""
+    """The request that continues after the tokens received so far."""
     tokens_i32 = array("i", generation.tokens).tobytes()
     return structs.replace(generation.submit, handle=handle, emitted_i32=tokens_i32)

@@ -30,7 +30,7 @@ from .requests.model import ServedModel, load_model
 from .service import Service
 
 GRACE_SECONDS = 5
-OWN_DESCRIPTORS = 64  # of the process itself, beside those of connections
+OWN_DESCRIPTORS = 64  # used by the process itself, in addition to connections
 SWITCH_SECONDS = 0.0005  # the loop waits so long, not 5 ms, for each thread that prepares a request
 COLLECT_EVERY = 20_000  # objects; at 700, collections double the time of parsing large conversations
 PARENT_CHECK_SECONDS = 1.0

@@ -95,7 +95,7 @@ class Reply:
         )
 
     def _scored(self, prompt: Prompt, sampling: Sampling) -> tuple[Echo | None, RankedPrompt | None]:
-        """The places for log-probabilities of the prompt, as far as they are asked for."""
+        """Collectors of the prompt's log-probabilities, for those that were asked for."""
         request, outline = self._request, self._request.outline
         echo: Echo | None = None
         ranked: RankedPrompt | None = None
@@ -132,7 +132,7 @@ class Reply:
             _set(self.done)
 
     def fail(self, generation: Generation, error: ApiError) -> None:
-        """One failed generation fails the answer; the others are not worth finishing."""
+        """Fails the answer: one of its generations failed, so the others are aborted."""
         if self.error is None:
             self.error = error
             self.abort()
@@ -146,7 +146,7 @@ class Reply:
                 self._requests.abort(generation)
 
     def close(self) -> None:
-        """The answer has been sent, or nobody wants it."""
+        """Releases the reply: its answer has been sent, or the client has gone."""
         if self._watcher is not None:
             self._watcher.cancel()
         self.abort()

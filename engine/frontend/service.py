@@ -1,5 +1,5 @@
-"""The frontend between HTTP and the controller: knows the state of the cluster, decides whether new
-requests are taken, and opens them.
+"""The frontend between HTTP and the controller: tracks the state of the cluster, decides whether to
+accept new requests, and opens them.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ PUBLISH_SECONDS = 0.25
 
 
 class Service:
-    """Belongs to the event loop it is made on. Says hello to the controller at once; ``on_stop`` is
-    called when the controller says Stop.
+    """Belongs to the event loop it is made on. Sends a hello to the controller at once; calls
+    ``on_stop`` at a Stop from the controller.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Service:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Runs what may take long: tokenizing, rendering, hashing."""
+        """Runs slow work in a thread: tokenizing, rendering, hashing."""
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, partial(function, *args, **kwargs)
         )
@@ -105,8 +105,8 @@ class Service:
         return f"The engine is {self.cluster.phase}{reason}"
 
     def not_ready(self) -> ApiError | None:
-        """Why this frontend should get no requests, or None; shown by /ready. Where only grammars
-        cannot be checked, it still takes others.
+        """Why this frontend should get no requests, or None; shown by /ready. If only the grammar
+        check fails, other requests are still accepted.
         """
         trouble = self.grammars.trouble
         return self.closed() or (trouble and ApiError(503, trouble, retry_after=RETRY_STARTING)) or None
@@ -126,7 +126,7 @@ class Service:
         return None
 
     def degraded(self) -> dict[str, str]:
-        """The part of /health that names what is missing while the cluster serves all the same."""
+        """The part of /health that names missing processes while the cluster still serves."""
         text = "" if self.cluster is None else self.cluster.degraded
         return {"degraded": text} if text else {}
 
@@ -166,7 +166,7 @@ class Service:
                 self._on_stop()
 
     def _on_found(self) -> None:
-        """The controller answers, after messages may have been lost."""
+        """Handles an answer of the controller after messages may have been lost."""
         self.requests.submit_again()
 
     def _on_lost(self) -> None:
@@ -213,9 +213,7 @@ class Service:
         checking.result()
 
     async def probe(self) -> float:
-        """Generates one real token, in the way of any request; returns the seconds it took. Raises
-        ApiError.
-        """
+        """Generates one token as any request does; returns the seconds it took. Raises ApiError."""
         began = time.monotonic()
         error = self.not_ready()
         if error is not None:

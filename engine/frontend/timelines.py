@@ -14,7 +14,7 @@ PATIENCE = 10.0
 
 
 class Timelines:
-    """Collects what ranks tell. ``send`` sends to the controller."""
+    """Collects the spans of ranks. ``send`` sends to the controller."""
 
     def __init__(self, send: Callable[[AskTimeline], None]) -> None:
         self._send = send

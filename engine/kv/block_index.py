@@ -57,7 +57,8 @@ class BlockIndex:
 
     def find_everywhere(self, keys: UInt64) -> Int64:
         """Pages of keys [n, 2] on all data indices [n, D]; -1 where there is none."""
-        num_data, start = len(self._salt), keys[:, 0].astype(np.int64)
+        num_data = len(self._salt)
+        start = keys[:, 0].astype(np.int64)
         entries = self._table[(start[:, None] + self._reach) & self._mask]
         found = np.full((len(keys), num_data), -1, np.int64)
         key, place = (entries & ~self._page_bits == self._tag(keys[:, 1])[:, None]).nonzero()
@@ -166,7 +167,8 @@ class BlockIndex:
         """Searches keys [n] from ``home`` [n] on. Returns their pages, -1 where there is none, and
         the first free place on the way.
         """
-        found, free = np.full(len(home), -1, np.int64), home.copy()
+        found = np.full(len(home), -1, np.int64)
+        free = home.copy()
         todo = (self._table[home] != _EMPTY).nonzero()[0]
         at, tag = home[todo], self._tag(key_b[todo])
         free[todo] = -1

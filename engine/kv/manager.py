@@ -320,7 +320,8 @@ class KVManager:
         """Counts at least ``lacking`` cached pages of ``data``, which must exist, as free.
         ``_evict`` makes them so.
         """
-        top, cached = int(self._top[data]), int(self._cached[data])
+        top = int(self._top[data])
+        cached = int(self._cached[data])
         assert cached >= lacking, f"data {data}: {lacking} pages to evict, {cached} cached"
         count = min(cached, max(lacking, int(self.num_pages[data]) // _EVICT_SHARE))
         self._evictions[data] = top, count

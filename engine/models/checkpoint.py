@@ -190,7 +190,9 @@ def _read_shard(shard: Path, index: Path) -> dict[str, StoredTensor]:
 
 def _stored(file: Path, name: str, entry: Any, data_start: int, file_size: int) -> StoredTensor:
     try:
-        dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        dtype = str(entry["dtype"])
+        shape = tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
         sound = all(isinstance(value, int) and value >= 0 for value in (*shape, begin, end)) and begin <= end
     except (KeyError, TypeError, ValueError):
         sound = False

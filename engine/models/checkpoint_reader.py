@@ -67,11 +67,9 @@ def values_of(reader: Any, stored: StoredTensor) -> Tensor:
     cut = stored.cut
     if cut is None:
         return cast(Tensor, reader.get_tensor(stored.name))
-    whole, matrix, rows = (
-        reader.get_slice(stored.name),
-        slice(cut.index, cut.index + 1),
-        slice(cut.first, cut.last),
-    )
+    whole = reader.get_slice(stored.name)
+    matrix = slice(cut.index, cut.index + 1)
+    rows = slice(cut.first, cut.last)
     if cut.transposed:
         return cast(Tensor, whole[matrix, :, rows])[0].T[:: cut.step]
     return cast(Tensor, whole[matrix, rows])[0][:: cut.step].reshape(stored.shape)

@@ -273,7 +273,8 @@ def read_config(fields: Fields, generation: Path) -> ModelConfig:
     blocks = family.read(fields)
     if not blocks.moe_layers:
         raise ValueError(f"{fields.source}: no layer holds experts; a Mixture-of-Experts model is required")
-    vocab_size, eos_ids = fields.integer("vocab_size"), _eos_ids(fields, generation)
+    vocab_size = fields.integer("vocab_size")
+    eos_ids = _eos_ids(fields, generation)
     if any(token >= vocab_size for token in eos_ids):
         raise ValueError(
             f"{fields.source}: eos_token_id is {list(eos_ids)}; expected ids below vocab_size ({vocab_size})"
@@ -350,7 +351,8 @@ def _check_four_bit(fields: Fields, config: ModelConfig) -> None:
     stored, names = config.four_bit, config.names
     if stored is None:
         return
-    experts, others = list[str](), list[str]() if config.tie_embeddings else ["lm_head"]
+    experts = list[str]()
+    others = list[str]() if config.tie_embeddings else ["lm_head"]
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
         others.append(prefix + names.of("self_attn.o_proj"))

@@ -67,7 +67,8 @@ def read_gqa(
 
 
 def read_mla(fields: Fields) -> MlaConfig:
-    nope_dim, rope_dim = fields.integer("qk_nope_head_dim"), fields.integer("qk_rope_head_dim")
+    nope_dim = fields.integer("qk_nope_head_dim")
+    rope_dim = fields.integer("qk_rope_head_dim")
     scale = (nope_dim + rope_dim) ** -0.5
     scaling = _scaling(fields)
     yarn = _yarn(fields, scaling)
@@ -111,7 +112,8 @@ def layers_after_dense(fields: Fields) -> tuple[int, ...]:
 
 def sparse_layers(fields: Fields) -> tuple[int, ...]:
     """The layers with experts if every n-th one has them, with exceptions (Qwen)."""
-    period, dense = fields.integer("decoder_sparse_step", 1), fields.integers("mlp_only_layers")
+    period = fields.integer("decoder_sparse_step", 1)
+    dense = fields.integers("mlp_only_layers")
     return tuple(
         i for i in range(fields.integer("num_hidden_layers")) if i not in dense and (i + 1) % period == 0
     )
@@ -121,7 +123,8 @@ def named_layers(fields: Fields, num_dense: int = 1) -> tuple[int, ...]:
     """The layers with experts, which one of two fields names; by default all but the first
     ``num_dense``.
     """
-    num_layers, kinds = fields.integer("num_hidden_layers"), fields.raw("mlp_layer_types")
+    num_layers = fields.integer("num_hidden_layers")
+    kinds = fields.raw("mlp_layer_types")
     if kinds is None:
         return tuple(range(fields.integer("first_k_dense_replace", num_dense, minimum=0), num_layers))
     if (
@@ -146,7 +149,8 @@ def read_windows(fields: Fields) -> tuple[int, ...]:
     """The windows of layers that take turns with layers that see all positions (gpt-oss); none
     where no layer has one.
     """
-    kinds, num_layers = fields.raw("layer_types"), fields.integer("num_hidden_layers")
+    kinds = fields.raw("layer_types")
+    num_layers = fields.integer("num_hidden_layers")
     if kinds is None:
         kinds = ["full_attention" if layer % 2 else _SLIDING for layer in range(num_layers)]
     if (
@@ -241,7 +245,8 @@ def _yarn(fields: Fields, scaling: Fields | None) -> YarnConfig | None:
     length = fields.integer("max_position_embeddings")
     original = scaling.integer("original_max_position_embeddings", length)
     factor = scaling.number("factor", length / original)
-    mscale, mscale_all = scaling.raw("mscale"), scaling.raw("mscale_all_dim")
+    mscale = scaling.raw("mscale")
+    mscale_all = scaling.raw("mscale_all_dim")
     if scaling.has("attention_factor"):
         magnitude = scaling.number("attention_factor")
     elif mscale and mscale_all:

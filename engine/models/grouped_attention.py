@@ -40,7 +40,8 @@ class GroupedAttention(Attention):
         assert isinstance(whole, GqaConfig) and config.rope.growth is None
         shape = whole.split(split.size)
         copies = max(1, split.size // whole.num_kv_heads)
-        q_shard, kv_shard = shard_of(split, 0), shard_of(split, 0, copies)
+        q_shard = shard_of(split, 0)
+        kv_shard = shard_of(split, 0, copies)
         shards = {"q_proj": q_shard, "k_proj": kv_shard, "v_proj": kv_shard}
         self._ops = backend.ops
         self._norm = norm
@@ -78,7 +79,8 @@ class GroupedAttention(Attention):
         return self._sublayer(residual, rotation, batch, (k_cache, v_cache))
 
     def _bind(self) -> AttentionSublayer:
-        qkv, out = Projection(*self.qkv_proj.operands), Projection(*self.o_proj.operands)
+        qkv = Projection(*self.qkv_proj.operands)
+        out = Projection(*self.o_proj.operands)
         heads = GroupedHeads(self._dim, self._interleaved, self._head_norms, qkv, out, self._rule)
         if self._wide_norms is not None:
             return self._with_wide_norms(heads, *self._wide_norms)
@@ -87,7 +89,8 @@ class GroupedAttention(Attention):
     def _with_wide_norms(self, heads: GroupedHeads, q_norm: Norm, k_norm: Norm) -> AttentionSublayer:
         """The sublayer with a norm over all queries of a token and one over all its keys."""
         ops, norm, qkv, out, scale = self._ops, self._norm, heads.qkv, heads.out, heads.dim**-0.5
-        num_queries, num_keys = q_norm.weight.numel(), k_norm.weight.numel()
+        num_queries = q_norm.weight.numel()
+        num_keys = k_norm.weight.numel()
 
         def attention(
             residual: Residual, rotation: Angles, batch: PagedBatch, cache: tuple[Tensor, Tensor]

@@ -24,7 +24,8 @@ class KeyNorm(nn.Module):
 
     def __init__(self, dim: int, backend: Backend[Reference]) -> None:
         super().__init__()
-        self.weight, self.bias = backend.parameter(dim), backend.parameter(dim)
+        self.weight = backend.parameter(dim)
+        self.bias = backend.parameter(dim)
         self.row = IndexNorm(self.weight, self.bias, _KEY_EPS)
 
 

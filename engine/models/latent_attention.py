@@ -32,7 +32,8 @@ class LatentAttention(Attention):
 
     def __init__(self, config: ModelConfig, backend: Backend[Reference], norm: RowNorm, layer: int) -> None:
         super().__init__()
-        whole, heads = config.attention_of(layer), shard_of(backend.tensor, 0)
+        whole = config.attention_of(layer)
+        heads = shard_of(backend.tensor, 0)
         assert isinstance(whole, MlaConfig) and isinstance(config.attention, MlaConfig)
         shape = whole.split(backend.tensor.size)
         self._shape = shape

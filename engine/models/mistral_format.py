@@ -1,5 +1,5 @@
-"""Checkpoints in Mistral's own format, ``params.json`` and ``consolidated*.safetensors``, in the
-words of transformers' model ``mistral4``. No torch here.
+"""Checkpoints in Mistral's own format, ``params.json`` and ``consolidated*.safetensors``, converted
+to the config keys of transformers' model ``mistral4``. No torch here.
 
 Engines read Mistral-Large-3 from this format, Mistral-Small-4 from either
 (https://huggingface.co/mistralai/Mistral-Large-3-675B-Instruct-2512).
@@ -121,7 +121,8 @@ def _rope(params: Fields) -> dict[str, Any]:
     """YaRN of the frequencies alone: neither scores nor rotated values are scaled, which
     ``apply_scale`` says.
     """
-    yarn, growth = params.nested("yarn"), params.nested("llama_4_scaling")
+    yarn = params.nested("yarn")
+    growth = params.nested("llama_4_scaling")
     if yarn is None:
         raise params.refuse("yarn", "expected an object")
     if yarn.flag("apply_scale", True):

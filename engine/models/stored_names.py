@@ -39,7 +39,8 @@ def text_model(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, Sto
     rename = _renaming(tensors)
     if rename is None:
         return dict(tensors)
-    found, others = dict[str, StoredTensor](), Counter[str]()
+    found = dict[str, StoredTensor]()
+    others = Counter[str]()
     for name, tensor in tensors.items():
         if (ours := rename(name)) is not None:
             found[ours] = tensor
@@ -146,7 +147,8 @@ def _bias_parts(
     width = tensor.num_bytes // (num_experts * rows)
     for expert in range(num_experts):
         for projection, first, last, step in _places(merged, rows, names):
-            begin, num_rows = tensor.begin + width * (expert * rows + first), len(range(first, last, step))
+            begin = tensor.begin + width * (expert * rows + first)
+            num_rows = len(range(first, last, step))
             cut = Cut(expert, first, last, transposed=False, step=step)
             yield (
                 f"{layer}.{expert}.{projection}.bias",

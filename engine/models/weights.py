@@ -79,7 +79,8 @@ def load_weights(
     """
     stored = source.tensors(model)
     model.widen(lambda name: name not in stored or stored[name].dtype == FP8)
-    shards, own_scales = model.checkpoint_shards(), model.checkpoint_scales()
+    shards = model.checkpoint_shards()
+    own_scales = model.checkpoint_scales()
     places = {
         name: _Place(tensor, own_scales.get(name), shards.get(name, WHOLE))
         for name, tensor in model.checkpoint_tensors().items()

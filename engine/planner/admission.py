@@ -20,9 +20,9 @@ from .request import Request, State
 
 _LOOK_AHEAD = 64
 _HORIZON = 32
-"""Decode steps that a new request is assumed to share, when data indices are compared."""
+"""Decode steps that a new request is assumed to share, for comparing data indices."""
 _PULL = 0.25
-"""Part of a prompt's time that a request may lose by going where others of its affinity go."""
+"""Share of a prompt's time that a request may lose to join others of its affinity."""
 
 
 class _Wait(Enum):
@@ -46,9 +46,7 @@ class _Reservation:
 
 
 def _ascending(seconds: NDArray[np.float64]) -> Iterator[int]:
-    """Indices of finite values, by value. The whole order is only computed when the first index
-    does not do.
-    """
+    """Indices of finite values, by value. Sorts only if the caller skips the first index."""
     first = int(seconds.argmin())
     if seconds[first] < np.inf:
         yield first
@@ -198,7 +196,7 @@ class Admission:
                 group.counters.prefix_hits += min(num_cached, num_prompt)
 
     def _tell_adopted(self, placed: list[_Reservation]) -> None:
-        """Blocks of an earlier controller are told once a request brings their tokens."""
+        """Publishes blocks of an earlier controller once a request brings their tokens."""
         group = self._group
         assert group.changes is not None
         for place in placed:

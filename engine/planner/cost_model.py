@@ -16,11 +16,11 @@ from ..protocol.arrays import Int64
 
 _FORGET = 0.98
 _REFIT_EVERY = 16
-_PULL = 0.01  # weight, in sections, of the previous coefficients: holds what no section tells
-_LEAST = 0.01  # share of the default below which none falls, so that one fitted to zero comes back
+_PULL = 0.01  # weight of the previous coefficients, in sections: keeps terms that no section determines
+_LEAST = 0.01  # lower bound of a coefficient, as a share of its default: one fitted to zero can recover
 _FIRST_TOKENS = 256  # 4 s where a token takes 15 ms, as with 0.4 B parameters on one slow core
 _LEAST_TOKENS = 16
-_GROWTH = 4  # times the tokens of a measured section that the next may have
+_GROWTH = 4  # a section may have this multiple of the tokens of a measured one
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class CostModel:
             self._refit()
 
     def distrust(self, tokens: int) -> None:
-        """A section of so many tokens may have been too long."""
+        """Lowers the bound on a section's tokens: one of ``tokens`` may have been too long."""
         if self.trusted is not None:
             self.trusted = min(self.trusted, max(_LEAST_TOKENS, tokens // 2))
 

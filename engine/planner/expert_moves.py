@@ -61,7 +61,7 @@ class ExpertMoves:
         return (self._travelling,), commits
 
     def landed(self, result: StepResult) -> None:
-        """A rank names what has landed."""
+        """Books the moves that a rank has received."""
         moves = self._travelling
         if moves is None or moves.id not in np.frombuffer(result.landed_i32, np.int32):
             return
@@ -72,7 +72,9 @@ class ExpertMoves:
             self._travelling = None
 
     def placed(self, version: int) -> None:
-        """Ranks have loaded the placement ``version`` instead of moving experts; none is open."""
+        """Books that ranks loaded the placement ``version`` instead of moving experts. None is
+        open.
+        """
         assert not self.num_open and version > self.committed, f"placement {version} after {self.committed}"
         self.committed = version
 

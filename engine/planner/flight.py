@@ -34,8 +34,8 @@ class Flight:
     rows[offsets[d]:offsets[d + 1]]. decode [n]: whether the row decodes (its length grows by what
     it emits). tokens, kv and context [D] are the cost model's features. prompts [m]: the rows whose
     prompts advance, data-major, in the order of each section's ``extend``. The rest is read by
-    ``Overlap``: ``unheard`` ranks owe their results; of the others, the longest seconds and the
-    smallest share of them that was waited.
+    ``Overlap``: ``unheard``: ranks whose results are missing; of the others, the longest seconds
+    and the smallest share of them spent waiting.
     """
 
     step: int

@@ -43,8 +43,8 @@ class Group:
 
     Each part keeps its own invariants; the methods here are the transitions that touch several.
     ``open`` has every request that has not ended, by (frontend, handle). ``num_deferred`` requests
-    stepped aside in the last round of admission, for a block that is being computed. ``changes``
-    of the block index are None unless somebody mirrors it.
+    stepped aside in the last round of admission, for a block that is being computed. ``changes`` of
+    the block index: None unless a router mirrors it.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -117,7 +117,9 @@ class Group:
         return not running or self.kv.available_on(data) >= fresh + running
 
     def distrust_flights(self) -> None:
-        """A step in flight may never end: prompts advance by less until one has been measured."""
+        """Bounds later prompt chunks until a step has been measured: those in flight may be too
+        long.
+        """
         tokens = max((int(flight.tokens.max()) for flight in self.steps.flights.values()), default=0)
         if tokens:
             self.cost.distrust(tokens)
@@ -136,18 +138,20 @@ class Group:
     # ----------------------------------------------------------------- requests
 
     def enter(self, request: Request) -> None:
-        """A new request waits for a row."""
+        """Queues a new request until it gets a row."""
         self.open[request.frontend, request.handle] = request
         self.queue.add(request)
         self.counters.prompt_tokens += request.num_prompt
 
     def close(self, request: Request) -> bool:
-        """A request has ended. Returns whether it was still open."""
+        """Removes a request that has ended. Returns whether it was still open."""
         self.trials.ended(request)
         return self.open.pop((request.frontend, request.handle), None) is not None
 
     def preloaded(self, request: Request, rank: int) -> None:
-        """``rank`` has the prompt; once all members have it, a plan can admit it."""
+        """Notes that ``rank`` has the prompt. Once all members have it, a plan can admit the
+        request.
+        """
         request.unacknowledged.discard(rank)
         if not request.unacknowledged and self.rows.state[request.row] == State.PRELOADING:
             self.rows.ready(request.row)
@@ -203,9 +207,15 @@ class Group:
             if self.rows.state[row] in (State.PRELOADING, State.READY):
                 self.queue.put_back(self.unreserve(row))
 
+    def shrink(self, data: int, num_pages: int) -> list[Request]:
+        """Lowers the pool size of ``data``. Returns the open requests that no longer fit."""
+        self.kv.shrink(data, num_pages)
+        self.max_len = min(self.max_len, num_pages * self.page_size)
+        return [request for request in self.open.values() if request.limit > self.max_len]
+
     def forget_blocks(self, data: int, last_step: int) -> None:
-        """Blocks of ``data`` planned after ``last_step`` may never have been written: requests may
-        not find them, ranks not be told of them.
+        """Removes blocks of ``data`` planned after ``last_step`` from the index and from what is
+        published: they may never have been written.
         """
         self.kv.forget_unwritten(data, last_step)
         self.publishing.forget(data)

@@ -20,7 +20,7 @@ class Growth:
         """Gives every row of ``decoding`` [rows] the pages for the longest it may become. Returns
         the rows that still decode, and (slot, page) of those that grow.
 
-        A row that may be at its limit already still computes a position, hence ``limit``.
+        ``limit`` caps this: a row that may be at its limit still computes a position.
         """
         group, rows = self._group, self._group.rows
         while True:

@@ -24,7 +24,7 @@ class BlocksStored(NamedTuple):
 
 
 class BlocksRemoved(NamedTuple):
-    """Blocks that a data index no longer holds, each named by its key [n, 2]."""
+    """Keys [n, 2] of blocks that a data index no longer holds."""
 
     keys: UInt64
 
@@ -49,7 +49,8 @@ class IndexChanges:
         edges = [0, *starts.tolist(), len(blocks)]
         for begin, end in pairwise(edges):
             if begin < end:
-                owner, first = int(owners[begin]), int(blocks[begin])
+                owner = int(owners[begin])
+                first = int(blocks[begin])
                 tokens = later[owner] if later else b""
                 self._changes.append(self._run(requests[owner], first, first + end - begin, tokens))
 

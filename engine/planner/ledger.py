@@ -24,8 +24,11 @@ from .group import Group
 from .outbox import Entries, Outbox
 from .request import Request, State
 
-# Members of an enumeration are slow to find.
-_NONE, _STOP, _LENGTH, _ABORT = int(Finish.NONE), int(Finish.STOP), int(Finish.LENGTH), int(Finish.ABORT)
+# Looking up enum members is slow.
+_NONE = int(Finish.NONE)
+_STOP = int(Finish.STOP)
+_LENGTH = int(Finish.LENGTH)
+_ABORT = int(Finish.ABORT)
 
 _T = TypeVar("_T", bound=np.generic)
 
@@ -87,7 +90,7 @@ class Ledger:
                 group.queue.put_back(request)
 
     def cancel(self, request: Request, finish: Finish = Finish.ABORT) -> None:
-        """Ends an open request in any state. Its frontend hears of it once its row has drained."""
+        """Ends an open request in any state. Its frontend is notified once its row has drained."""
         group, row = self._group, request.row
         if row < 0:
             group.queue.drop(request)
@@ -101,7 +104,7 @@ class Ledger:
             self._leave(row, finish)
 
     def fail(self, request: Request, reason: str) -> None:
-        """Ends an open request that cannot be completed. Its frontend hears the reason at once."""
+        """Ends an open request that cannot be completed. Its frontend gets the reason at once."""
         self._outbox.reject(request.frontend, Rejected(request.handle, 500, reason))
         self.cancel(request, Finish.ERROR)
 
@@ -134,7 +137,8 @@ class Ledger:
         spans = [flight.span(group.mesh.data_of_rank(result.rank)) for result in results]
         row = _joined([flight.rows[span] for span in spans])
         tokens = np.frombuffer(b"".join([result.tokens_i32 for result in results]), np.int32)
-        counts, counted = np.ones(len(row), np.int64), len(row)
+        counts = np.ones(len(row), np.int64)
+        counted = len(row)
         one_each = not any(result.counts_u8 for result in results)
         if not one_each:
             counts = _joined(
@@ -220,7 +224,7 @@ class Ledger:
                     self._outbox.prompt_logprobs(request.frontend, structs.replace(item, of=request.handle))
 
     def _finish(self, row: int, finish: int) -> None:
-        """The last token of a request is in: its client hears of it now, its row drains."""
+        """Ends a request whose last token is in: notifies its client and lets its row drain."""
         group = self._group
         group.close(group.rows.request(row))
         group.rows.end(row, finish)
@@ -254,7 +258,8 @@ class Ledger:
         owners, index = ragged(np.maximum(written - known, 0))
         if not len(owners):
             return
-        data, pages = rows.data(row[owners]), rows.pages[row[owners], np.array(known)[owners] + index]
+        data = rows.data(row[owners])
+        pages = rows.pages[row[owners], np.array(known)[owners] + index]
         spans = zip(requests, known, written.tolist(), strict=True)
         keys = as_keys(
             b"".join(
@@ -273,7 +278,7 @@ class Ledger:
     # ----------------------------------------------------------------- measurements and checksums
 
     def _observe(self, flight: Flight, results: list[StepResult]) -> None:
-        """Tells the cost model the slowest section among these results."""
+        """Gives the cost model the slowest section among these results."""
         group = self._group
         if group.overlap.mode == "auto":
             longest = float(flight.tokens.max()), float(flight.kv.max()), float(flight.context.max())

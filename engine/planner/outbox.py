@@ -46,11 +46,11 @@ class Outbox:
     single: list[tuple[int, Message]] = field(default_factory=list)
 
     def start(self, frontend: int, start: Start) -> None:
-        """A plan has admitted a request."""
+        """Reports that a plan has admitted a request."""
         self.started.setdefault(frontend, []).append(start)
 
     def end(self, frontend: int, handle: int, position: int, finish: Finish) -> None:
-        """A request ends without a further token."""
+        """Reports the end of a request without a further token."""
         one = [np.array([value], np.int64) for value in (frontend, handle, position, 0, int(finish))]
         self.entries.append(Entries(one[0], one[1], one[2], one[3], one[4], np.zeros(0, np.int32)))
 

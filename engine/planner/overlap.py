@@ -20,33 +20,35 @@ from ..protocol.results import StepResult
 from .flight import Flight
 
 _SAMPLES = 12
-"""Measured steps that tell whether there is something to hide."""
+"""Steps measured before a trial, to learn whether waits are long enough to hide."""
 
 _RUN = 3
-"""Steps in a row with or without overlap while both are compared: the median of three bears a slow
-one."""
+"""Consecutive steps with or without overlap in a comparison; the median of three tolerates one slow
+step.
+"""
 
 _LEAD = 6
-"""Pairs of runs by which one side leads when it is chosen. If the slower side wins a third of the
-pairs, it is chosen once in 65 times; if 40 %, once in 12."""
+"""Lead, in pairs of runs, at which a side is chosen. If the slower side wins a third of the pairs,
+it is chosen once in 65 times; if 40 %, once in 12.
+"""
 
 _MOST_PAIRS = 40
-"""Pairs after which nothing is to be gained."""
+"""Pairs after which a comparison ends without a winner."""
 
 _HOLD = 1000
-"""Steps of a capacity that a decision lasts."""
+"""Steps of a capacity for which a decision holds."""
 
 _LEAST_WAIT = 0.05
-"""Share of a step, waited for tokens, below which there is nothing to hide."""
+"""Share of a step spent waiting for tokens below which overlap is not tried."""
 
 _GAIN = 0.98
-"""Time with overlap, in that without, from which overlap pays."""
+"""Time with overlap / time without; overlap pays below this ratio."""
 
 
 @dataclass
 class OverlapTrial:
     """The choice for one capacity. ``waits`` is the share of a step that the slowest rank waits for
-    tokens, ``ratio`` the time with overlap in that without; None: not measured.
+    tokens, ``ratio``: time with overlap / time without; None: not measured.
     """
 
     microbatches: int = 1
@@ -57,7 +59,7 @@ class OverlapTrial:
     _tried: int = 0
     _shares: list[float] = field(default_factory=list)
     _pair: dict[int, list[float]] = field(default_factory=lambda: {1: [], 2: []})  # times by microbatches
-    _ratios: list[float] = field(default_factory=list)  # of pairs
+    _ratios: list[float] = field(default_factory=list)  # one per pair
 
     @property
     def decided(self) -> bool:
@@ -73,10 +75,10 @@ class OverlapTrial:
             return 1
         pair, place = divmod(self._tried, 2 * _RUN)
         self._tried += 1
-        return 2 if (place < _RUN) == (pair % 2 == 0) else 1  # the sides lead in turn: a drift meets both
+        return 2 if (place < _RUN) == (pair % 2 == 0) else 1  # so a drift affects both
 
     def measured(self, microbatches: int, time: float, share: float) -> None:
-        """A step took ``time``, in its predicted seconds."""
+        """Takes in the time of a step, as a multiple of its predicted seconds."""
         if self._held or (microbatches == 2 and not self._trying):
             return  # planned before the comparison began
         if not self._trying:
@@ -91,7 +93,7 @@ class OverlapTrial:
             self._compare()
 
     def _weigh(self) -> None:
-        """Tries overlap where there is something to hide."""
+        """Starts a comparison if waits are long enough to hide."""
         self.waits = median(self._shares)
         self._shares.clear()
         self._trying = self.waits >= _LEAST_WAIT
@@ -130,8 +132,8 @@ class Overlap:
 
     def observe(self, flight: Flight, results: Sequence[StepResult], predicted: float) -> None:
         """Takes in results of a step whose slowest section was predicted to take so many seconds.
-        The ranks of a stage take equally long; the one that waits least is the slowest, and what it
-        waits for is the exchange.
+        Ranks of a stage take equally long. The one that waits least is the slowest; its waits are
+        the exchange's.
         """
         trial = self.choices.get(flight.capacity)
         if trial is None or trial.decided:

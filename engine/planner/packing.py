@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from ..protocol.arrays import Int64
 
 SectionBytes = dict[int, bytes]
-"""A field of sections, for those data indices that have any of it."""
+"""A field of sections, by the data indices that have values for it."""
 
 
 def pack(data: Int64, values: NDArray[Any], num_data: int) -> SectionBytes:
     """The bytes of values [n, ...] that belong to data [n], which ascends."""
-    packed, size = values.tobytes(), values.itemsize * math.prod(values.shape[1:])
+    packed = values.tobytes()
+    size = values.itemsize * math.prod(values.shape[1:])
     cuts = (data.searchsorted(np.arange(num_data + 1)) * size).tolist()
     return {index: packed[start:end] for index, (start, end) in enumerate(pairwise(cuts)) if end > start}
 

@@ -27,7 +27,7 @@ from .request import Request, State
 from .settings import Settings
 from .step_builder import StepBuilder
 
-_GUILTY = "Ranks died again and again while they computed this request, and no other; it was ended"
+_GUILTY = "Ranks died repeatedly while computing this request and no other; it was ended"
 
 
 class Planner:
@@ -87,7 +87,7 @@ class Planner:
             self._ledger.cancel(self.group.open[key])
 
     def hold(self, frontend: int, handle: int, *, held: bool) -> None:
-        """Lets a running request sit out until it is resumed."""
+        """Pauses a running request until it is resumed."""
         request = self.group.open.get((frontend, handle))
         if request is not None and request.row >= 0:
             self.group.rows.hold(request.row, held=held)
@@ -103,7 +103,9 @@ class Planner:
     # ----------------------------------------------------------------- ranks
 
     def staged(self, message: Preloaded) -> None:
-        """A rank has a prompt. A grammar that it cannot compile ends the request."""
+        """Handles a rank's receipt of a prompt. A grammar that the rank cannot compile ends the
+        request.
+        """
         request = self.group.preloads.waiting_for(message)
         if request is None:
             return
@@ -118,7 +120,7 @@ class Planner:
             self.resync(data)
 
     def refused(self, message: Refused) -> None:
-        """A rank has lost the chain: the group starts a new epoch from what is acknowledged."""
+        """Handles a rank's refusal of a plan: starts a new epoch from what is acknowledged."""
         if message.epoch == self.group.steps.epoch:
             self.begin_epoch(absent=self.group.steps.absent())
 
@@ -151,31 +153,28 @@ class Planner:
             self.group.publishing.forget(data)
 
     def place_experts(self, version: int) -> None:
-        """Between two epochs: ranks have loaded another placement, which counts as the moves
+        """Takes over a placement that ranks loaded between two epochs; it counts as the moves
         ``version``.
         """
         self.group.moves.placed(version)
 
     def move_experts(self, moves: Sequence[Transfer]) -> None:
-        """Later plans start these moves, one after another, and commit them."""
+        """Lets later plans start these moves, one after another, and commit them."""
         self.group.moves.offer(moves)
 
     def shrink(self, data: int, num_pages: int) -> None:
-        """A new rank of ``data``, which runs nothing, has a smaller pool. Requests that no longer
-        fit into every pool end.
+        """Lowers the pool size of ``data``, which runs nothing, to that of its new rank. Ends
+        requests that no longer fit into every pool.
         """
-        group = self.group
-        group.kv.shrink(data, num_pages)
-        group.max_len = min(group.max_len, num_pages * group.page_size)
-        for request in [request for request in group.open.values() if request.limit > group.max_len]:
-            reason = (
-                f"A rank was replaced by one whose KV cache holds {group.max_len} tokens, fewer than before"
-            )
+        too_long = self.group.shrink(data, num_pages)
+        most = self.group.max_len
+        for request in too_long:
+            reason = f"A rank was replaced by one whose KV cache holds {most} tokens, fewer than before"
             self._ledger.fail(request, reason)
 
     def adopt(self, data: int, pages_i32: bytes, hashes_h128: bytes) -> None:
-        """Before the first step: all ranks of ``data`` hold blocks of these hashes in these pages
-        since an earlier controller.
+        """Takes over blocks that all ranks of ``data`` hold since an earlier controller: their
+        hashes and pages. Called before the first step.
         """
         self.group.kv.adopt(data, np.frombuffer(pages_i32, np.int32).astype(np.int64), as_keys(hashes_h128))
 
@@ -231,7 +230,8 @@ class Planner:
             assert 4 * request.num_staged == num_bytes, f"request {request.handle}: staged tokens miscounted"
         for data in range(group.mesh.data):
             held = [rows.pages[row, : rows.num_pages[row]] for row in rows.of_data(data)]
-            num_pages, used = len(np.unique(np.concatenate(held))), group.kv.used()[data]
+            num_pages = len(np.unique(np.concatenate(held)))
+            used = group.kv.used()[data]
             assert num_pages == used, f"data {data}: rows hold {num_pages} pages, {used} referenced"
 
     def _announce_started(self, plan: GroupPlan) -> None:

@@ -69,10 +69,10 @@ class Prefill:
         return None if seconds is None else self._take(np.array(chunks, np.int64).reshape(-1, 4))
 
     def _seconds(self, load: DecodeLoad) -> float:
-        """Seconds that prompts may make this step take; infinity: as long as it takes.
+        """Bound on the seconds of this step, infinity without one.
 
-        Where rows decode, that is the inter-token target. Where decoding alone exceeds it, or comes
-        near, prompts still get their share of the time.
+        If rows decode, it is the inter-token target. Prompts still get their share of the time if
+        decoding alone takes about as long or longer.
         """
         spec = self._group.spec
         seconds = spec.step_time_limit or math.inf
@@ -100,14 +100,15 @@ class Prefill:
 
     def _share(self, waiting: list[int], budget: int) -> Iterator[tuple[int, int, int]]:
         """Chunks (row, start, count) of the first prompts that wait, ``budget`` tokens together.
-        Rows that report log-probabilities of their prompts advance as far as one result has room
-        for them.
+        Rows that report log-probabilities of their prompts advance only as far as one result can
+        hold these.
         """
         rows, room = self._group.rows, _SCORE_BYTES
         for row in waiting:
             if budget <= 0:
                 return
-            start, each = int(rows.sent[row]), int(rows.score_bytes[row])
+            start = int(rows.sent[row])
+            each = int(rows.score_bytes[row])
             count = min(int(rows.prompt[row]) - start, budget, room // each if each else budget)
             if count:
                 yield row, start, count
@@ -152,9 +153,7 @@ class Prefill:
         return admits
 
     def _mark_written(self, data: Int64, row: Int64, start: Int64, end: Int64) -> None:
-        """Later plans may read the blocks that chunks [start, end) [n] complete, on the same
-        rank.
-        """
+        """Lets later plans of a rank read the blocks that its chunks [start, end) [n] complete."""
         group, rows = self._group, self._group.rows
         first, behind = start // group.page_size, end // group.page_size
         owners, index = ragged(behind - first)

@@ -8,11 +8,11 @@ from .request import Request
 
 
 class Preloads:
-    """Sends prompts to all members of a data index and knows who has them.
+    """Sends prompts to all members of a data index and tracks which members have them.
 
-    Prompts are numbered from ``epoch``, the group's first, times 2**32 on: ranks may still have
-    those of an earlier controller. ``oldest_valid`` [D]: after a rebase a data index drops prompts
-    below it, as plans that were to admit them may never have been executed.
+    Prompt numbers start at 2**32 times the group's first ``epoch``, since ranks may still hold
+    prompts of an earlier controller. ``oldest_valid`` [D]: after a rebase a data index drops
+    prompts below it, as plans that were to admit them may never have been executed.
     """
 
     def __init__(self, mesh: Mesh, epoch: int) -> None:
@@ -39,7 +39,7 @@ class Preloads:
         return self._requests.get(message.staged)
 
     def admitted(self, request: Request) -> None:
-        """A plan admits ``request``, which uses its prompt up."""
+        """Removes the prompt of ``request``, which a plan admits."""
         del self._requests[request.staged]
 
     def withdraw(self, request: Request, data: int) -> None:
@@ -48,7 +48,7 @@ class Preloads:
         self._requests.pop(request.staged, None)
 
     def set_back(self, data: int) -> None:
-        """``data`` drops all prompts sent so far when it is rebased."""
+        """Invalidates all prompts sent to ``data`` so far: a rebase drops them."""
         self.oldest_valid[data] = self._next
 
     def take(self) -> list[tuple[int, Preload | Unload]]:

@@ -1,4 +1,4 @@
-"""Blocks whose hashes ranks are to be told, so that a new controller can rebuild its index."""
+"""Block hashes to be sent to ranks, from which a new controller can rebuild its index."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _Blocks = tuple[Int64, UInt64, Int64]
 
 
 class Publishing:
-    """Collects blocks as plans write them, until the next plan tells their ranks."""
+    """Collects blocks as plans write them, until the next plan carries them to their ranks."""
 
     def __init__(self, index: BlockIndex) -> None:
         self._index = index
         self._blocks: list[_Blocks] = []
 
     def add(self, data: Int64, keys: UInt64, pages: Int64) -> None:
-        """Blocks ``keys`` [n, 2] are in ``pages`` [n] of ``data`` [n]."""
+        """Adds blocks ``keys`` [n, 2], held in ``pages`` [n] of ``data`` [n]."""
         self._blocks.append((data, keys, pages))
 
     def take(self) -> _Blocks | None:

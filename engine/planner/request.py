@@ -91,7 +91,8 @@ class Request:
     @property
     def num_skippable(self) -> int:
         """Leading tokens that need not be computed if they are cached. The last token is always
-        computed, to sample from it; so is every token whose successor's log-probability is owed.
+        computed, to sample from it; so is every token whose successor's log-probability is still to
+        be reported.
         """
         owes = self.sampling.num_prompt_logprobs >= 0 and self.scored < self.num_prompt - 1
         return self.scored if owes else self.num_staged - 1

@@ -22,8 +22,8 @@ class RowTable:
     tokens planned for a row in prefill. ``on_rank`` says whether plans so far leave the slot
     active.
 
-    Columns are mostly read whole: a step has work for nearly every row, and a mask over all rows is
-    cheaper than picking some out.
+    Most code reads whole columns: nearly every row works in each step, so a mask over all rows is
+    cheaper than selecting some.
     """
 
     def __init__(self, num_data: int, num_slots: int, max_pages: int, num_cohorts: int) -> None:
@@ -38,8 +38,8 @@ class RowTable:
         self.unwritten = np.zeros(total, np.int64)  # tokens up to ``low``, see ``set_back``
         self.sent = np.zeros(total, np.int64)
         self.finish = np.zeros(total, np.uint8)
-        # Columns that a request brings along, set at once by ``occupy``. ``allowance`` is the most
-        # tokens it may sample.
+        # Columns that ``occupy`` copies from a request. ``allowance`` is the most tokens it may
+        # sample.
         self._brought = np.zeros((8, total), np.int64)
         (
             self.prompt,
@@ -61,7 +61,7 @@ class RowTable:
             [list(range(cohort, num_slots, num_cohorts))[::-1] for cohort in range(num_cohorts)]
             for _ in range(num_data)
         ]
-        self._touched: dict[int, None] = {}  # rows whose ``held`` their rank has yet to hear of, in order
+        self._touched: dict[int, None] = {}  # rows whose ``held`` changed since it was sent
 
     # ----------------------------------------------------------------- rows and data indices
 
@@ -140,15 +140,15 @@ class RowTable:
         self.page_sum[rows] = np.add.reduceat(terms, np.cumsum(counts) - counts)
 
     def ready(self, row: int) -> None:
-        """Every member of the row's data index has its prompt."""
+        """Marks a row READY: every member of its data index has its prompt."""
         self.state[row] = State.READY
 
     def retire(self, row: int) -> None:
-        """No further plan names the row."""
+        """Marks a row DRAINING: no further plan names it."""
         self.state[row] = State.DRAINING
 
     def end(self, row: int, finish: int) -> None:
-        """The request of the row ends for the reason ``finish``: later tokens do not count."""
+        """Ends the request of the row with reason ``finish``; later tokens do not count."""
         self.finish[row] = finish
 
     def vacate(self, rows: list[int]) -> None:
@@ -158,23 +158,24 @@ class RowTable:
         for row in rows:
             self.request(row).row = -1
             self.requests[row] = None
-            data, slot = self.data(row), self.slot(row)
+            data = self.data(row)
+            slot = self.slot(row)
             self.num_used[data] -= 1
             self._free[data][slot % self.num_cohorts].append(slot)
 
     # ----------------------------------------------------------------- plans and results
 
     def admit(self, rows: Int64) -> None:
-        """A plan puts rows [n] into their slots."""
+        """Marks rows [n] as placed in their slots by a plan."""
         self.on_rank[rows] = True
 
     def clear(self, rows: Int64) -> None:
-        """A plan frees the slots of rows [n]."""
+        """Marks the slots of rows [n] as freed by a plan."""
         self.on_rank[rows] = False
 
     def extend(self, rows: Int64, ends: Int64) -> NDArray[np.bool_]:
-        """A plan computes the prompts of rows [n] up to ``ends`` [n]. Returns whether each prompt
-        ends there: its row samples, and decodes from then on.
+        """Advances the prompts of rows [n] up to ``ends`` [n]. Returns whether each prompt ends
+        there: its row samples, and decodes from then on.
         """
         last: NDArray[np.bool_] = ends == self.prompt[rows]
         self.sent[rows] = ends
@@ -183,17 +184,19 @@ class RowTable:
         return last
 
     def decode(self, decoding: Int64, max_advance: int) -> None:
-        """A plan lets the rows ``decoding`` [rows], 0 or 1, grow by 1 to ``max_advance`` tokens."""
+        """Lets the rows ``decoding`` [rows], 0 or 1, grow by 1 to ``max_advance`` tokens."""
         self.low += decoding
         self.high += decoding * max_advance if max_advance > 1 else decoding
 
     def narrow(self, rows: Int64, grown: Int64, max_advance: int) -> None:
-        """Rows [n] have grown by ``grown`` [n]; their plan allowed 1 to ``max_advance``."""
+        """Narrows lengths: rows [n] have grown by ``grown`` [n]; their plan allowed 1 to
+        ``max_advance``.
+        """
         self.low[rows] += grown - 1
         self.high[rows] += grown - max_advance
 
     def set_back(self, data: int, unreported: Int64, unwritten: Int64) -> None:
-        """``data`` is cleared; plans that let its rows decode ``unreported`` [rows] times are void.
+        """Clears ``data``; plans that let its rows decode ``unreported`` [rows] times are void.
         Some of its ranks may lack the KV of the last ``unwritten`` [rows] tokens that count.
         """
         mine = slice(self.of_data(data).start, self.of_data(data).stop)
@@ -204,7 +207,7 @@ class RowTable:
     # ----------------------------------------------------------------- holds
 
     def hold(self, row: int, *, held: bool) -> None:
-        """Lets a row sit out, or resume."""
+        """Pauses or resumes a row."""
         self.held[row] = held
         self._touched[row] = None
 

@@ -39,7 +39,7 @@ class Sections:
         self._group = group
 
     def take_changes(self, grown: SectionBytes) -> RowChanges:
-        """Holds and frees since the last plan, beside the rows that grow."""
+        """Rows held, resumed and freed since the last plan, and the rows that grow."""
         return RowChanges(self._group.rows.take_holds(), self._freed(), grown)
 
     def build(self, changes: RowChanges, chunks: PromptChunks | None, tokens: Int64) -> dict[int, Section]:

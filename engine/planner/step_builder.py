@@ -41,8 +41,8 @@ class StepBuilder:
         return None
 
     def _build_cohort(self, cohort: int) -> GroupPlan | None:
-        """Decoding rows grow, prompts advance as far as the step has room, and sections tell the
-        ranks.
+        """Builds a plan for one cohort: grows decoding rows, advances prompts as far as the step
+        has room, and builds the sections.
         """
         group, rows = self._group, self._group.rows
         decoding = rows.decoding(cohort)
@@ -50,7 +50,7 @@ class StepBuilder:
             return None
         decoding, grown = self._growth.grow(cohort, decoding)
         changes = self._sections.take_changes(grown)
-        growing = decoding.astype(np.int64)  # sums and products would convert a bool every time
+        growing = decoding.astype(np.int64)  # sums and products would convert bools every time
         load = DecodeLoad(rows.sum_by_data(growing), rows.sum_by_data(rows.low * growing))
         chunks = self._prefill.advance(cohort, load)
         tokens = load.rows if chunks is None else load.rows + self._add_up(chunks.data, chunks.counts)
@@ -61,7 +61,8 @@ class StepBuilder:
         flight.capacity, flight.microbatches = capacity, group.overlap.microbatches(capacity)
         flight.unheard = len(sections) * group.mesh.world // group.mesh.data
         self._retire_at_limit(flight, decoding, chunks)
-        border, first = flight.step % _REPORT_EVERY == 0, group.steps.predecessor == -1
+        border = flight.step % _REPORT_EVERY == 0
+        first = group.steps.predecessor == -1
         moves, commits = group.moves.plan(border=border, first=first)
         header = Header(
             group=group.index,
@@ -85,7 +86,7 @@ class StepBuilder:
     def _freeze(
         self, decoding: NDArray[np.bool_], load: DecodeLoad, chunks: PromptChunks | None, tokens: Int64
     ) -> Flight:
-        """Keeps which rows sample in the step."""
+        """Freezes the list of rows that sample in the step."""
         group = self._group
         sampling = decoding.nonzero()[0]
         decode = np.ones(len(sampling), np.bool_)
@@ -109,7 +110,7 @@ class StepBuilder:
     def _retire_at_limit(
         self, flight: Flight, decoding: NDArray[np.bool_], chunks: PromptChunks | None
     ) -> None:
-        """Rows that sample their last token in this step take part in no later one."""
+        """Retires rows that sample their last token in this step."""
         group, rows = self._group, self._group.rows
         last = ((rows.low >= rows.limit - 1) & decoding).nonzero()[0].tolist()
         if chunks is not None:
@@ -119,7 +120,7 @@ class StepBuilder:
             group.draining.retire(row, flight.step)
 
     def _check(self) -> Check:
-        """The state that this plan should leave."""
+        """The state that ranks should have after this plan."""
         rows = self._group.rows
         active = np.flatnonzero(rows.on_rank)
         sent = np.where(rows.sent[active] < rows.prompt[active], rows.sent[active], -1)

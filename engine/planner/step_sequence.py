@@ -86,7 +86,7 @@ class StepSequence:
     # ----------------------------------------------------------------- plans and results
 
     def sent(self, flight: Flight) -> None:
-        """The next plan is on its way."""
+        """Appends the plan that was just sent."""
         self.flights[flight.step] = flight
         self.next_step += 1
         self._restarting = False
@@ -104,14 +104,14 @@ class StepSequence:
         )
 
     def follows(self, result: StepResult) -> bool:
-        """Whether no result of its rank is missing before this one."""
+        """Whether this result is the next one of its rank."""
         return result.step == self.acknowledged[result.rank] + 1
 
     def acknowledge(self, result: StepResult) -> None:
         self.acknowledged[result.rank] = result.step
 
     def first_result(self, step: int) -> None:
-        """A result of ``step`` is in, perhaps the first one."""
+        """Notes the newest step with a result."""
         self.newest_result = max(self.newest_result, step)
 
     def land(self) -> None:
@@ -126,12 +126,12 @@ class StepSequence:
     # ----------------------------------------------------------------- setting back
 
     def begin_epoch(self) -> None:
-        """Plans so far have no successor."""
+        """Starts a new epoch: earlier plans have no successor."""
         self.epoch += 1
         self._restarting = True
 
     def attend(self, absent: Sequence[int]) -> None:
-        """All data indices but the ``absent`` ones take part from the next plan on, which clears
+        """Lets all data indices except ``absent`` take part from the next plan on, which clears
         those that come back.
         """
         self.alive[:] = True
@@ -141,7 +141,9 @@ class StepSequence:
         self.vacant = self._mesh.positions(absent)
 
     def set_back(self, data: int) -> None:
-        """The next section of ``data`` clears it; results of earlier plans no longer count."""
+        """Marks ``data`` for clearing by its next section; results of earlier plans no longer
+        count.
+        """
         self.rebasing[data] = True
         self._listen()
         self._assume_executed(data)
@@ -150,7 +152,7 @@ class StepSequence:
             self.newest_result = self.last_step
 
     def rebased(self) -> None:
-        """The next plan clears every data index that is set back."""
+        """Books that a plan has cleared every data index that was set back."""
         if not self.rebasing.any():
             return
         for data in np.flatnonzero(self.rebasing & self.alive).tolist():

@@ -1,4 +1,4 @@
-"""The token log: the sampled tokens of every running row. They are the truth about a request."""
+"""The token log: the sampled tokens of every running row. They define the state of a request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class TokenLog:
 
     def __init__(self, num_rows: int) -> None:
         self.count = np.zeros(num_rows, np.int64)
-        # Place of a row's token 0 in the flat pool, if its open chunk reached back that far.
+        # Index in the flat pool at which a row's token 0 would be if its open chunk began there.
         self._origin = np.zeros(num_rows, np.int64)
         self._table = np.zeros((num_rows, 8), np.int64)
         self._pool = np.zeros(max(64, 2 * num_rows) * _CHUNK, np.int32)

@@ -1,8 +1,8 @@
-"""Requests under whose steps ranks have died, to find one that kills a rank on every replay.
+"""Detects requests that kill a rank on every replay.
 
-A death says little about the many requests of its section. Those of two deaths that have got no
-token in between are suspects. From then on suspects run one at a time beside the others: a token
-clears a suspect, another death finds it guilty.
+One death says little about the many requests of its section. A request that was in two of them and
+got no token in between is a suspect. From then on suspects run one at a time beside the others: a
+token clears a suspect, another death finds it guilty.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ class Trials:
         self._running: Request | None = None
 
     def died(self, requests: Iterable[Request]) -> Request | None:
-        """A rank died with these requests in its unfinished steps. Returns the guilty one, if it is
-        the only suspect among them.
+        """Books the death of a rank with these requests in its unfinished steps. Returns the guilty
+        one if there is only one suspect among them.
         """
         suspects = []
         for request in requests:
-            record, tokens = self._records.get(request), self._tokens(request)
+            record = self._records.get(request)
+            tokens = self._tokens(request)
             if record is None or record.tokens != tokens:
                 record = self._records[request] = _Record(0, tokens)
             record.deaths += 1

@@ -6,8 +6,8 @@ from .message import Message
 
 
 class RankState(Message, frozen=True):
-    """One rank as the controller sees it. ``recovery``: its steps after the loss of a peer.
-    ``transports``: how its groups exchange, empty before its first step and where it has no peer.
+    """One rank as the controller sees it. ``recovery``: how it recovers when a peer is lost.
+    ``transports``: how its groups exchange; empty before its first step and if it has no peer.
     """
 
     rank: int

@@ -139,8 +139,8 @@ class Executor:
             raise StepAbandoned(str(error)) from error
 
     def end_epoch(self) -> None:
-        """Leaves the groups and drops what travels in them: while a message is held, gloo keeps its
-        connections open, and peers wait on.
+        """Leaves the groups and drops what travels in them: gloo keeps connections of held messages
+        open, and peers wait on.
         """
         self._expected.clear()
         self._parts.links.forget()
@@ -358,11 +358,12 @@ class Executor:
         found: list[PromptLogprobs] = []
         for number in np.flatnonzero(settings.num_prompt_logprobs[slots] >= 0).tolist():
             row, slot = rows.num_decode + number, slots[number]
-            start, end = int(rows.starts[row]), min(int(rows.ends[row]) + 1, int(settings.first_output[slot]))
+            start = int(rows.starts[row])
+            end = min(int(rows.ends[row]) + 1, int(settings.first_output[slot]))
             if end > start + 1:
-                first, top = int(rows.counts[:row].sum()), int(settings.num_prompt_logprobs[slot])
-                ranks = bool(settings.prompt_ranks[slot])
-                chunk = Chunk(number, start + 1, first, self._history[slot, start + 1 : end], top, ranks)
+                first = int(rows.counts[:row].sum())
+                asked = int(settings.num_prompt_logprobs[slot]), bool(settings.prompt_ranks[slot])
+                chunk = Chunk(number, start + 1, first, self._history[slot, start + 1 : end], *asked)
                 found.append(score(self._parts, hidden_TD, chunk))
         return tuple(found)
 

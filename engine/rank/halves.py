@@ -25,7 +25,8 @@ class Part:
 
 def whole(rows: Rows) -> Part:
     """All rows of a step as one part."""
-    num_rows, num_tokens = len(rows.slots), int(rows.counts.sum())
+    num_rows = len(rows.slots)
+    num_tokens = int(rows.counts.sum())
     return Part(np.arange(num_rows), rows.starts, rows.counts, rows.num_decode, np.arange(num_tokens))
 
 
@@ -58,7 +59,8 @@ def halves(rows: Rows, most: int, kv_share: float) -> tuple[Part, Part]:
     begins = ends - counts
     parts = []
     for decode, first, last in ((dealt[0], 0, cut), (dealt[1], cut, num_prompt)):
-        taken_from, taken_to = np.clip(begins, first, last), np.clip(ends, first, last)
+        taken_from = np.clip(begins, first, last)
+        taken_to = np.clip(ends, first, last)
         chosen = np.flatnonzero(taken_to > taken_from)
         starts = rows.starts[num_decode + chosen] + (taken_from - begins)[chosen]
         part = Part(

@@ -34,7 +34,7 @@ class RankLoop:
         self._sockets = sockets
         self._bulk_decoder = msgspec.msgpack.Decoder(ToRankBulk)
         self._chain = Chain()
-        self._under_way: deque[Header] = deque()  # of steps whose results were not sent yet
+        self._under_way: deque[Header] = deque()  # headers of steps whose results were not sent yet
 
     def run(self) -> str:
         """Serves until the controller says Stop, and returns its reason. Raises ControllerLost,

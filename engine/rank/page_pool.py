@@ -49,7 +49,7 @@ class KVPool:
 
 
 def entries_of(config: ModelConfig, layers: range, parts: int, kv_format: KvFormat) -> Entries:
-    """The entries of ``layers`` in one of ``parts`` that split the heads."""
+    """Cache entries of ``layers`` on one of ``parts`` ranks that split the heads."""
     held = replace(config, attention=config.attention.split(parts))
     return [held.kv_shapes(kv_format, layer) for layer in layers]
 

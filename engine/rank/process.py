@@ -100,9 +100,9 @@ def load_executor(
     """
     device = torch.device(spec.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # of this thread, which launches everything
-    config, parts = read_shape(Path(spec.model_path)), _load_parts(spec, progress)
-    parts = replace(parts, tell=tell)
+        torch.cuda.set_device(device)  # sets it for this thread, which launches everything
+    config = read_shape(Path(spec.model_path))
+    parts = replace(_load_parts(spec, progress), tell=tell)
     max_len = min(spec.max_len or config.max_position, config.max_position)
     claimed = _travelling(parts.dispatcher.placement, parts.expert_bytes) if spec.balance else 0
     if parts.device.type == "cuda":

@@ -132,13 +132,15 @@ class SpanNotes:
 
     def mark(self) -> None:
         self._clock.mark()
-        lane, now = self._lane(), self._now()
+        lane = self._lane()
+        now = self._now()
         self._close(lane, now, Span.GATE)
         lane.began = now
 
     def lap(self, phase: int) -> None:
         self._clock.lap(phase)
-        lane, now = self._lane(), self._now()
+        lane = self._lane()
+        now = self._now()
         self._add(lane, _PHASES[phase], lane.began, now)
         for wait in lane.waits:
             self._kinds[wait] = _PHASE_WAITS.get(phase, Span.WAIT), *self._kinds[wait][1:]

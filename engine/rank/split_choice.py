@@ -78,7 +78,8 @@ class SplitChoice:
     def _tokens(
         self, logits: SplitLogits, settings: RowSettings, positions: Int64, masks: Masks | None
     ) -> Int64:
-        ways, tokens = self._ways(settings), np.zeros(len(positions), np.int64)
+        ways = self._ways(settings)
+        tokens = np.zeros(len(positions), np.int64)
         draws = Draws(settings.params, settings.seed, positions)
         whole = ways.whole
         if len(ways.kept):
@@ -118,7 +119,8 @@ class SplitChoice:
         top_k_S1 = self._there(draws.params.top_k_R)[:, None]
         count = min(int(draws.params.top_k_R.max()) + 1, logits.own_RP.shape[1])
         values_SWK, ids_SWK = logits.best(_best(self._parts, logits, count)[0])
-        values_SN, ids_SN = values_SWK.flatten(1), ids_SWK.flatten(1)
+        values_SN = values_SWK.flatten(1)
+        ids_SN = ids_SWK.flatten(1)
         sorted_SN = values_SN.sort(1, descending=True).values
         last_kept_S1 = sorted_SN.gather(1, top_k_S1.clamp_max(values_SN.shape[1]) - 1)
         # Beyond what a part sent is nothing that is kept, if the last it sent is not.

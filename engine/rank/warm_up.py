@@ -123,7 +123,8 @@ def _miniature(config: ModelConfig) -> ModelConfig:
     """
     moe = config.moe
     per_group = max(2, -(-moe.top_k // moe.top_groups))
-    hidden, width = _narrow(moe.hidden), _narrow(moe.expert_width)
+    hidden = _narrow(moe.hidden)
+    width = _narrow(moe.expert_width)
     small = replace(
         moe,
         hidden=hidden,

@@ -113,7 +113,8 @@ class SimulatedGroup:
         mesh, header = self._mesh, step.header
         seconds = float(own_D.max())
         results: list[StepResult] = []
-        own, sampled = own_D.tolist(), step.work.sampled_D.tolist()
+        own = own_D.tolist()
+        sampled = step.work.sampled_D.tolist()
         for rank in mesh.stage_ranks(stage):
             data = mesh.data_of_rank(rank)
             result = StepResult(

@@ -138,7 +138,8 @@ class SimulatedRank:
             positions = np.arange(int(rows.starts[row]) + 1, min(int(rows.ends[row]) + 1, own))
             if top >= 0 and len(positions):
                 values = self.logprob(self._key[rows.slots[row]], positions)
-                ids, tops = positions.astype(np.int32).repeat(top), values.repeat(top)
+                ids = positions.astype(np.int32).repeat(top)
+                tops = values.repeat(top)
                 ranks = np.ones(len(positions) * ranked, np.int32)
                 parts = (values.tobytes(), ids.tobytes(), tops.tobytes(), ranks.tobytes())
                 found.append(PromptLogprobs(number, int(positions[0]), *parts))

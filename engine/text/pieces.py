@@ -81,7 +81,8 @@ class DecodedPieces(dict[int, bytes]):
         """The bytes of the first token of a text."""
         if not self[token]:
             return b""
-        byte, alone = self._byte(token), self._decode([token])
+        byte = self._byte(token)
+        alone = self._decode([token])
         return alone.encode() if byte is None or not alone else byte
 
     def _byte(self, token: int) -> bytes | None:

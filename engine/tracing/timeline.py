@@ -104,7 +104,9 @@ def clock_offsets(own: str, steps: Mapping[int, _Step], spans: Iterable[StepSpan
 
 
 def _steps(end: TimelineEnd) -> list[_Step]:
-    facts, times, read = array("q", end.steps_i64), array("d", end.times_f64), array("d", end.answered_f64)
+    facts = array("q", end.steps_i64)
+    times = array("d", end.times_f64)
+    read = array("d", end.answered_f64)
     world, steps = end.mesh.world, []
     for number in range(len(facts) // 5):
         epoch, step, microbatches, capacity, tokens = facts[5 * number : 5 * number + 5]
@@ -148,7 +150,8 @@ def _rank_events(spans: StepSpans, start: float) -> Iterator[Event]:
     """
     process, step = spans.rank + 1, {"step": spans.step, "epoch": spans.epoch}
     yield _span(f"step {spans.step}", (process, 0), (spans.begun - start, spans.ended - start), step)
-    kinds, times = array("i", spans.kinds_i32), array("d", spans.times_f64)
+    kinds = array("i", spans.kinds_i32)
+    times = array("d", spans.times_f64)
     rows = zip(*[iter(kinds)] * 3, *[iter(times)] * 2, strict=True)
     for kind, track, layer, begin, end in sorted(rows, key=lambda row: (row[1], row[3], -row[4])):
         facts = {"step": spans.step} | ({"layer": layer} if layer >= 0 else {})

@@ -93,9 +93,11 @@ def _on_card(chosen: list[Case], ledger: Ledger, limits: Limits, commit: str) ->
     from ..triton.tiles import tiles_of
     from .compile import compile_ahead
 
-    tiles, columns = tiles_of(card_name(), arch=card_arch()), [ops_of("triton"), ops_of("reference")]
+    tiles = tiles_of(card_name(), arch=card_arch())
+    columns = [ops_of("triton"), ops_of("reference")]
     for begin in range(0, len(chosen), _AT_ONCE):
-        part, start = chosen[begin : begin + _AT_ONCE], time.monotonic()
+        part = chosen[begin : begin + _AT_ONCE]
+        start = time.monotonic()
         if start < limits.end:
             compile_ahead([(case.op, case.shape, tiles) for case in part])
             print(f"compiled {len(part)} cases ahead in {time.monotonic() - start:.0f} s")
@@ -201,7 +203,8 @@ def error_of(run: Callable[[], object], expected: Callable[[], object]) -> str:
     of chosen positions that are others; empty if there is nothing to compare.
     """
     try:
-        result, wanted = run(), expected()
+        result = run()
+        wanted = expected()
         if isinstance(result, Selection) and isinstance(wanted, Selection):
             return f"{_missed(result.places_NK, wanted.places_NK):.1e}"
         pairs = list(zip(_parts(result), _parts(wanted), strict=True))

@@ -72,7 +72,8 @@ def _heads(rows: int, context: int, tokens: int, kind: Format) -> Callable[[torc
         per_token = 2 * int(np.prod(entry)) * (1 if kind == "fp8" else 2)
         positions = positions_of(rows, context, per_token)
         k, v = (cache_of(positions, lambda count: _entries_of_heads(device, kind, count)) for _ in range(2))
-        q, batch = random(device, rows * tokens, _HEADS, _DIM), batch_of(device, rows, context, tokens)
+        q = random(device, rows * tokens, _HEADS, _DIM)
+        batch = batch_of(device, rows, context, tokens)
 
         def gathered() -> Callable[[], object]:
             k_RKLD, v_RKLD = (
@@ -154,7 +155,8 @@ def _chosen_latents(rows: int, context: int) -> Callable[[torch.device], Call]:
         cache = cache_of(positions, lambda count: _entries_of_latents(device, "fp8", count))
         q_nope, q_rope = (random(device, rows, _LATENT_HEADS, dim) for dim in (_NOPE, _ROPE))
         expand = random(device, _LATENT_HEADS, _NOPE + _VALUE, _LATENT)
-        batch, tokens_N = batch_of(device, rows, context, 1), torch.arange(rows, device=device)
+        batch = batch_of(device, rows, context, 1)
+        tokens_N = torch.arange(rows, device=device)
         at_NK = torch.rand(rows, context, device=device).topk(_CHOSEN).indices.sort().values
         pages_NK = batch.pages_RP.long().gather(1, at_NK // PAGE_SIZE)
         counts_N = torch.full((rows,), _CHOSEN, dtype=torch.int32, device=device)
@@ -212,7 +214,8 @@ def batch_of(device: torch.device, rows: int, context: int, tokens: int) -> Page
     pages_per_row = -(-context // PAGE_SIZE)
     order = np.random.default_rng(0).permutation(rows * pages_per_row)
     pages = order.astype(np.int32).reshape(rows, pages_per_row)
-    starts, counts = np.full(rows, context - tokens), np.full(rows, tokens)
+    starts = np.full(rows, context - tokens)
+    counts = np.full(rows, tokens)
     return build_batch(starts, counts, rows if tokens == 1 else 0, pages, PAGE_SIZE, device)[0]
 
 

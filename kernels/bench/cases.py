@@ -112,7 +112,8 @@ def _linear(rows: int, width: int, hidden: int) -> Callable[[torch.device], Call
     """Calls take turns with a few weights, so that none is in a cache."""
 
     def make(device: torch.device) -> Call:
-        x, weights = random(device, rows, hidden), [random(device, width, hidden) for _ in range(12)]
+        x = random(device, rows, hidden)
+        weights = [random(device, width, hidden) for _ in range(12)]
 
         from ..cpu.linear import linear, pack_for_onednn
 
@@ -146,10 +147,8 @@ class ExpertShape:
         rows, slots = self._pairs(device)
 
         def bind(ops: Reference) -> Callable[[], object]:
-            counts, packed = (
-                torch.zeros(self.slots, dtype=torch.int64, device=device),
-                ops.pack_slots(w13, w2),
-            )
+            counts = torch.zeros(self.slots, dtype=torch.int64, device=device)
+            packed = ops.pack_slots(w13, w2)
             return lambda: ops.experts(x, rows, slots, *packed, counts)
 
         grouped = grouped_mm(x, slots, (w13, w2))
@@ -190,8 +189,10 @@ class ExpertShape:
     def four_bit(self, format: FourBitFormat, device: torch.device) -> Call:
         """Weights of random codes, with scales and factors of 1."""
         x_shape, w13_shape, w2_shape = self._shapes()
-        x, (rows, slots) = random(device, *x_shape), self._pairs(device)
-        w13, w2 = _codes(device, format, 2, *w13_shape), _codes(device, format, 1, *w2_shape)
+        x = random(device, *x_shape)
+        rows, slots = self._pairs(device)
+        w13 = _codes(device, format, 2, *w13_shape)
+        w2 = _codes(device, format, 1, *w2_shape)
 
         def bind(ops: Reference) -> Callable[[], object]:
             counts = torch.zeros(self.slots, dtype=torch.int64, device=device)
@@ -232,7 +233,8 @@ Make = Callable[[torch.device], Call]
 
 def _gate(experts: int, rule: Routing, tokens: int) -> Make:
     def make(device: torch.device) -> Call:
-        x, weight = random(device, tokens, 2048), random(device, experts, 2048)
+        x = random(device, tokens, 2048)
+        weight = random(device, experts, 2048)
         weight = weight if device.type == "cuda" else weight.float()  # as models hold it
         bias = torch.zeros(experts, device=device) if rule.scoring == "sigmoid" else None
         flops = 2.0 * tokens * experts * 2048
@@ -247,7 +249,8 @@ def _gate(experts: int, rule: Routing, tokens: int) -> Make:
 
 def _rms_norm(rows: int, hidden: int) -> Make:
     def make(device: torch.device) -> Call:
-        x, weight = random(device, rows, hidden), random(device, hidden)
+        x = random(device, rows, hidden)
+        weight = random(device, hidden)
         return Call(lambda ops: lambda: ops.rms_norm(x, weight, 1e-6), rows * hidden * 4.0)
 
     return make
@@ -255,7 +258,9 @@ def _rms_norm(rows: int, hidden: int) -> Make:
 
 def _add_rms_norm(rows: int, hidden: int) -> Make:
     def make(device: torch.device) -> Call:
-        x, update, weight = random(device, rows, hidden), random(device, rows, hidden), random(device, hidden)
+        x = random(device, rows, hidden)
+        update = random(device, rows, hidden)
+        weight = random(device, hidden)
         return Call(lambda ops: lambda: ops.add_rms_norm(x, update, weight, 1e-6), rows * hidden * 8.0)
 
     return make
@@ -263,7 +268,9 @@ def _add_rms_norm(rows: int, hidden: int) -> Make:
 
 def _add_rms_norm_fp8(rows: int, hidden: int) -> Make:
     def make(device: torch.device) -> Call:
-        x, update, weight = random(device, rows, hidden), random(device, rows, hidden), random(device, hidden)
+        x = random(device, rows, hidden)
+        update = random(device, rows, hidden)
+        weight = random(device, hidden)
         return Call(lambda ops: lambda: ops.add_rms_norm_fp8(x, update, weight, 1e-6), rows * hidden * 7.0)
 
     return make
@@ -279,7 +286,8 @@ def _quantise_rows(rows: int, hidden: int) -> Make:
 
 def _linear_fp8(rows: int, inner: int, outer: int) -> Make:
     def make(device: torch.device) -> Call:
-        x, w = random(device, rows, inner), random(device, outer, inner).to(torch.float8_e4m3fn)
+        x = random(device, rows, inner)
+        w = random(device, outer, inner).to(torch.float8_e4m3fn)
         scales = torch.full((-(-outer // BLOCK), -(-inner // BLOCK)), 0.5, device=device)
         num_bytes = outer * inner + 2.0 * rows * (inner + outer)
         return Call(
@@ -310,7 +318,8 @@ def _silu_mul_fp8(rows: int, width: int) -> Make:
 
 def _weighted_sum(rows: int, hidden: int) -> Make:
     def make(device: torch.device) -> Call:
-        y, weights = random(device, rows, 8, hidden), torch.rand(rows, 8, device=device)
+        y = random(device, rows, 8, hidden)
+        weights = torch.rand(rows, 8, device=device)
         return Call(lambda ops: lambda: ops.weighted_sum(y, weights), rows * hidden * 18.0)
 
     return make
@@ -320,7 +329,8 @@ def _permute(tokens: int, hidden: int) -> Make:
     """Groups, moves and moves back: the work of a transport that needs rows by slot."""
 
     def make(device: torch.device) -> Call:
-        x, pairs = random(device, tokens, hidden), torch.arange(tokens * 8, device=device)
+        x = random(device, tokens, hidden)
+        pairs = torch.arange(tokens * 8, device=device)
         rows, slots = pairs // 8, pairs * 7919 % 16
 
         def bind(ops: Reference) -> Callable[[], object]:
@@ -339,7 +349,8 @@ def _permute(tokens: int, hidden: int) -> Make:
 
 def _rotate_and_write(rows: int, kv_format: str) -> Make:
     def make(device: torch.device) -> Call:
-        qkv, norms = random(device, rows, 40, 128), HeadNorms(random(device, 128), random(device, 128), 1e-6)
+        qkv = random(device, rows, 40, 128)
+        norms = HeadNorms(random(device, 128), random(device, 128), 1e-6)
         entry = head_entry("fp8" if kv_format == "fp8" else "bf16", 4, 128)
         cache = (_cache(device, rows, entry), _cache(device, rows, entry))
         rotation = angles(torch.arange(rows, device=device), frequencies(128, 1e6).to(device))
@@ -357,7 +368,9 @@ def _rotate_and_write(rows: int, kv_format: str) -> Make:
 
 def _rotate_latent(rows: int, kv_format: str) -> Make:
     def make(device: torch.device) -> Call:
-        q, c, k = random(device, rows, 128, 64), random(device, rows, 512), random(device, rows, 64)
+        q = random(device, rows, 128, 64)
+        c = random(device, rows, 512)
+        k = random(device, rows, 64)
         cache = _cache(device, rows, latent_entry("fp8" if kv_format == "fp8" else "bf16", 512, 64))
         rotation = angles(torch.arange(rows, device=device), frequencies(64, 1e4).to(device))
         write = torch.randperm(rows, device=device)

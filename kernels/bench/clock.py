@@ -40,7 +40,8 @@ class Ceilings:
 
     def bound(self, call: Call) -> tuple[float, str]:
         """The least time in microseconds, and the ceiling that sets it."""
-        memory, compute = self.memory_us(call), self.compute_us(call)
+        memory = self.memory_us(call)
+        compute = self.compute_us(call)
         return max(memory, compute), "memory" if memory >= compute else "compute"
 
 
@@ -50,10 +51,12 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a = torch.randn(side, side, device=device).to(torch.bfloat16)
-    copy, product = time_of(lambda: target.copy_(source), device)[1], time_of(lambda: a @ a, device)[1]
+    copy = time_of(lambda: target.copy_(source), device)[1]
+    product = time_of(lambda: a @ a, device)[1]
     fp8_flops = 0.0
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
-        a8, one = a.to(torch.float8_e4m3fn), torch.ones((), device=device)
+        a8 = a.to(torch.float8_e4m3fn)
+        one = torch.ones((), device=device)
         product8 = time_of(
             lambda: torch._scaled_mm(a8, a8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16), device
         )[1]
@@ -111,7 +114,8 @@ def _timed(replay: Run, flushed: torch.Tensor, count: int) -> list[float]:
     events = []
     for _ in range(count):
         flushed.zero_()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start = torch.cuda.Event(enable_timing=True)
+        stop = torch.cuda.Event(enable_timing=True)
         start.record()
         replay()
         stop.record()

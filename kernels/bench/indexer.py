@@ -48,7 +48,8 @@ def indexer_cases() -> Iterator[Case]:
 
 def _written(rows: int, kind: KvFormat) -> Callable[[torch.device], Call]:
     def make(device: torch.device) -> Call:
-        q, k = random(device, rows, _HEADS, _DIM), random(device, rows, _DIM)
+        q = random(device, rows, _HEADS, _DIM)
+        k = random(device, rows, _DIM)
         norm = IndexNorm(random(device, _DIM), random(device, _DIM), 1e-6)
         cache = _keys(device, kind, rows)
         rotation = angles(torch.arange(rows, device=device), frequencies(_ROTATED, 1e4).to(device))
@@ -68,10 +69,8 @@ def _chosen(rows: int, context: int, tokens: int, kind: KvFormat) -> Callable[[t
         per_token = _DIM + 4 if kind == "fp8" else 2 * _DIM
         positions = positions_of(rows, context, per_token)
         cache = cache_of(positions, lambda count: _keys(device, kind, count))
-        q, weights = (
-            random(device, rows * tokens, _HEADS, _DIM),
-            random(device, rows * tokens, _HEADS).float(),
-        )
+        q = random(device, rows * tokens, _HEADS, _DIM)
+        weights = random(device, rows * tokens, _HEADS).float()
         batch = batch_of(device, rows, context, tokens)
 
         def bind(ops: Reference) -> Callable[[], object]:

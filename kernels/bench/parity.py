@@ -37,7 +37,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of parity.csv")
     parser.add_argument("--seconds", type=float, default=40.0, help="no case is begun after that")
     arguments = parser.parse_args()
-    end, on_card = time.monotonic() + arguments.seconds, torch.cuda.is_available()
+    end = time.monotonic() + arguments.seconds
+    on_card = torch.cuda.is_available()
     chosen = [case for case in first_cases() if on_card or case.small]
     if on_card:
         from ..triton.target import card_arch, card_name

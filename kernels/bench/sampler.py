@@ -49,7 +49,9 @@ def _logits(device: torch.device, rows: int) -> Tensor:
 
 def _sample(rows: int, row: tuple[float, int, float, float]) -> Make:
     def make(device: torch.device) -> Call:
-        logits, seeds, positions = _logits(device, rows), np.arange(rows), np.arange(rows) * 17
+        logits = _logits(device, rows)
+        seeds = np.arange(rows)
+        positions = np.arange(rows) * 17
         dtypes = (np.float32, np.int64, np.float32, np.float32)
         params = SamplingParams(
             *(np.full(rows, value, dtype) for value, dtype in zip(row, dtypes, strict=True))
@@ -80,7 +82,8 @@ def _sample(rows: int, row: tuple[float, int, float, float]) -> Make:
 
 def _logprobs(rows: int) -> Make:
     def make(device: torch.device) -> Call:
-        logits, tokens = _logits(device, rows), torch.arange(rows, device=device)
+        logits = _logits(device, rows)
+        tokens = torch.arange(rows, device=device)
         return Call(lambda ops: lambda: ops.logprobs(logits, tokens, _LIKELIEST), rows * VOCABULARY * 4.0)
 
     return make
@@ -90,11 +93,9 @@ def _edit_logits(rows: int) -> Make:
     """Edits so small that logits stay the same however often they are applied."""
 
     def make(device: torch.device) -> Call:
-        logits, biased, none = (
-            _logits(device, rows),
-            np.repeat(np.arange(rows), _BIASED),
-            np.zeros(0, np.int64),
-        )
+        logits = _logits(device, rows)
+        biased = np.repeat(np.arange(rows), _BIASED)
+        none = np.zeros(0, np.int64)
         edits = LogitEdits(
             counted_rows_N=none,
             counted_tokens_N=none,
@@ -131,7 +132,8 @@ def _penalise(rows: int) -> Make:
     """
 
     def make(device: torch.device) -> Call:
-        logits, slots = _logits(device, rows), torch.arange(rows, device=device)
+        logits = _logits(device, rows)
+        slots = torch.arange(rows, device=device)
         counts = torch.zeros(rows, VOCABULARY, dtype=torch.int16, device=device)
         counts[:, ::32] = 2
         penalties = torch.tensor([[1.0001, 0.0001, 0.0001]], device=device).repeat(rows, 1)
@@ -143,7 +145,8 @@ def _penalise(rows: int) -> Make:
 
 def _allow_only(rows: int) -> Make:
     def make(device: torch.device) -> Call:
-        logits, owners = _logits(device, rows), np.arange(rows)
+        logits = _logits(device, rows)
+        owners = np.arange(rows)
         dice = np.random.default_rng(0)
         bits = dice.integers(-(2**31), 2**31, (rows, VOCABULARY // 32), np.int64).astype(np.int32)
 

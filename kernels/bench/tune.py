@@ -326,12 +326,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("kernels.bench.tune: no NVIDIA card here; tiles can only be tuned on one")
-    end, every = time.monotonic() + arguments.seconds, list(groups())
+    end = time.monotonic() + arguments.seconds
+    every = list(groups())
     candidates = jobs(every)
     failures = compile_ahead(candidates)
     left = end - time.monotonic()
     print(f"{len(failures)} of {len(candidates)} candidates do not compile; {left:.0f} s left")
-    device, clock, tiles = torch.device("cuda"), CardClock(), default_tiles(card_arch())
+    device = torch.device("cuda")
+    clock = CardClock()
+    tiles = default_tiles(card_arch())
     ceilings = measure_ceilings(device)
     record = {
         "torch": torch.__version__,

@@ -39,5 +39,6 @@ def form_of(form: ExpertForm, dtype: torch.dtype) -> Form:
 @inner(error_model="numpy")
 def clamped_mul(gate, up, alpha, limit):
     """``Activation`` of kind "clamped" for one value."""
-    gate, up = min(gate, limit), min(max(up, -limit), limit)
+    gate = min(gate, limit)
+    up = min(max(up, -limit), limit)
     return gate / (np.float32(1) + exp(-alpha * gate)) * (up + np.float32(1))

@@ -90,7 +90,8 @@ def experts_four_bit(
 
 def pack_four_bit(w: FourBit) -> FourBitArrays:
     """Weights in 4 bits as ``experts_four_bit`` reads them: they stay where they are."""
-    codes, scales = w.codes.detach().numpy(), w.scales.detach().view(_SCALE_BITS[w.format.scale]).numpy()
+    codes = w.codes.detach().numpy()
+    scales = w.scales.detach().view(_SCALE_BITS[w.format.scale]).numpy()
     factors = np.ones((len(codes), 2), np.float32) if w.factors is None else w.factors.detach().numpy()
     return FourBitArrays(codes, scales, factors, multiplies_bf16())
 
@@ -119,7 +120,8 @@ def run_packed(
     x_NK = np.zeros((len(x_ND), parts(x_ND.shape[1], AT_ONCE) * AT_ONCE), np.uint16)
     share_out(_arrange, len(x_ND), (x_ND, x_NK), x_NK.size <= ALONE)
     inner_MK = np.zeros((len(order_M), parts(width, AT_ONCE) * AT_ONCE), np.uint16)
-    first, second = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    first = np.zeros(1, np.int64)
+    second = np.zeros(1, np.int64)
     given = x_NK, rows_M, order_M, found_I, w13, scales_13, factors_13, width, first, form, inner_MK
     share_out(_up, num_threads, given, False)
     then = inner_MK, order_M, found_I, w2, scales_2, factors_2, second, form.down_bias, y_MD
@@ -148,7 +150,8 @@ def _up(
 ):
     """The activation for the pairs in order."""
     bias_SF, clamped, alpha, limit = form.up_bias, form.clamped, form.alpha, form.limit
-    rows, out = np.zeros(ROWS, np.int64), np.zeros((2, ROWS, BLOCK), np.float32)
+    rows = np.zeros(ROWS, np.int64)
+    out = np.zeros((2, ROWS, BLOCK), np.float32)
     blocks = parts(width, BLOCK)
     item = take_item(counter)
     while item < blocks * len(found_I):
@@ -209,7 +212,8 @@ def _activate(gate_F, up_F, clamped, alpha, limit):
 @inner(error_model="numpy")
 def _down(begin, end, inner_MK, order_M, found_I, codes_S, scales_S, factors_S, counter, bias_SD, y_MD):
     """The second product. Writes each row to its pair's place."""
-    rows, out = np.zeros(ROWS, np.int64), np.zeros((2, ROWS, BLOCK), np.float32)
+    rows = np.zeros(ROWS, np.int64)
+    out = np.zeros((2, ROWS, BLOCK), np.float32)
     hidden = y_MD.shape[1]
     blocks = parts(hidden, 2 * BLOCK)
     item = take_item(counter)
@@ -259,7 +263,8 @@ def run_decoded(
     x_NK = np.zeros((len(x_ND), parts(x_ND.shape[1], AT_ONCE) * AT_ONCE), np.float32)
     share_out(_widen, len(x_ND), (x_ND, x_NK), x_NK.size <= ALONE)
     inner_MK = np.zeros((len(order_M), parts(2 * w2.shape[2], AT_ONCE) * AT_ONCE), np.float32)
-    first, second = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    first = np.zeros(1, np.int64)
+    second = np.zeros(1, np.int64)
     given = x_NK, rows_M, order_M, found_I, w13, scales_13, factors_13, first, form, inner_MK
     share_out(_decoded_up, num_threads, given, False)
     then = inner_MK, order_M, found_I, w2, scales_2, factors_2, second, form.down_bias, y_MD
@@ -281,7 +286,8 @@ def _block_dots(rows_I, codes_NK, scales_NG, runs, room, out):
     """
     first, gap, step, count = runs
     rows, sums, weights = room
-    length, most = len(rows_I), rows_at_once(len(rows_I))
+    length = len(rows_I)
+    most = rows_at_once(len(rows_I))
     if most > 0:
         pairs = weight_rows(codes_NK, scales_NG, first, gap, step, count)
         tiles = parts(length, most)
@@ -339,8 +345,11 @@ def _decoded_up(
 ):
     """The activation for the pairs in order."""
     bias_SF, clamped, alpha, limit = form.up_bias, form.clamped, form.alpha, form.limit
-    room, width, longest = _room(x_NK.shape[1]), codes_S.shape[1] // 2, _longest(found_I)
-    rows_I, out = np.zeros(longest, np.int64), np.zeros((BLOCK, 2, longest), np.float32)
+    room = _room(x_NK.shape[1])
+    width = codes_S.shape[1] // 2
+    longest = _longest(found_I)
+    rows_I = np.zeros(longest, np.int64)
+    out = np.zeros((BLOCK, 2, longest), np.float32)
     blocks = parts(width, BLOCK)
     item = take_item(counter)
     while item < blocks * len(found_I):
@@ -353,10 +362,8 @@ def _decoded_up(
         for f in range(first, first + count):
             place = arranged_floats(f)
             for r in range(length):
-                gate, up = (
-                    out[f - first, 0, r] * factors_S[slot, 0],
-                    out[f - first, 1, r] * factors_S[slot, 1],
-                )
+                gate = out[f - first, 0, r] * factors_S[slot, 0]
+                up = out[f - first, 1, r] * factors_S[slot, 1]
                 if len(bias_SF):
                     gate += widen(bias_SF[slot, f])
                     up += widen(bias_SF[slot, width + f])
@@ -373,8 +380,11 @@ def _decoded_down(
     begin, end, inner_MK, order_M, found_I, codes_S, scales_S, factors_S, counter, bias_SD, y_MD
 ):
     """The second product. Writes each row to its pair's place."""
-    room, hidden, longest = _room(inner_MK.shape[1]), y_MD.shape[1], _longest(found_I)
-    rows_I, out = np.zeros(longest, np.int64), np.zeros((BLOCK, 2, longest), np.float32)
+    room = _room(inner_MK.shape[1])
+    hidden = y_MD.shape[1]
+    longest = _longest(found_I)
+    rows_I = np.zeros(longest, np.int64)
+    out = np.zeros((BLOCK, 2, longest), np.float32)
     blocks = parts(hidden, 2 * BLOCK)
     item = take_item(counter)
     while item < blocks * len(found_I):

@@ -83,8 +83,11 @@ class Spot(NamedTuple):
 @inner()
 def scratch(num_rows, key_dim, value_dim, like):
     """Allocates scratch for ``num_rows`` rows, whole tiles. ``like`` is an array of numbers."""
-    per_unit, one, tile = 4 // like.itemsize, np.empty(1, np.float32), rows_at_once(like)
-    key, value = -(-key_dim // PADDING) * PADDING, -(-value_dim // PADDING) * PADDING
+    per_unit = 4 // like.itemsize
+    one = np.empty(1, np.float32)
+    tile = rows_at_once(like)
+    key = -(-key_dim // PADDING) * PADDING
+    value = -(-value_dim // PADDING) * PADDING
     return Scratch(
         room_for(num_rows, key, like),
         room_for(BLOCK, key, like),
@@ -160,10 +163,19 @@ def attend_rows(
     The functions called in the loops take arrays one by one: a tuple of arrays counts references,
     which took a third of the time.
     """
-    q, k, v, places = borrowed(units(work.q)), borrowed(work.k), borrowed(work.v), borrowed(work.places)
-    turned, paired, scores = borrowed(work.turned), borrowed(work.paired), borrowed(work.scores)
-    shares, share_units, sums = borrowed(work.shares), borrowed(units(work.shares)), borrowed(work.sums)
-    best, total, shrink = borrowed(work.best), borrowed(work.total), borrowed(work.shrink)
+    q = borrowed(units(work.q))
+    k = borrowed(work.k)
+    v = borrowed(work.v)
+    places = borrowed(work.places)
+    turned = borrowed(work.turned)
+    paired = borrowed(work.paired)
+    scores = borrowed(work.scores)
+    shares = borrowed(work.shares)
+    share_units = borrowed(units(work.shares))
+    sums = borrowed(work.sums)
+    best = borrowed(work.best)
+    total = borrowed(work.total)
+    shrink = borrowed(work.shrink)
     scales, pages = _scales(keys, k, borrowed(work.scales)), run.pages
     tile_rows, position = rows_at_once(k), run.end - num_tokens
     stride = tiled(num_tokens * group, k)
@@ -171,7 +183,8 @@ def attend_rows(
     sums[:num_rows], best[:num_rows], total[:num_rows] = 0, _LOWEST, 0
     separate = value_place.width > 0
     stored = key_place.width >= k.shape[1] and (not separate or value_place.width >= v.shape[1])
-    key_rows, value_rows = _as_they_lie(keys, k), _as_they_lie(values, v)
+    key_rows = _as_they_lie(keys, k)
+    value_rows = _as_they_lie(values, v)
     whole = keys.itemsize == k.itemsize and stored and sums.shape[1] % TILE_COLUMNS == 0
     begin_tiles(k, num_tokens * group)
     for start in range(run.begin, run.end, BLOCK):
@@ -195,7 +208,8 @@ def attend_rows(
                 else:
                     _pair_keys(keys, stored, column, places, k, paired)
             for row in range(blind, past, tile_rows):
-                tile, seen = (head - heads[0]) * stride + row, position + 1 - start
+                tile = (head - heads[0]) * stride + row
+                seen = position + 1 - start
                 score(scores, q, tile, turned, direct, key_rows, places, _column(key_place, head))
                 if seen + row // group < BLOCK or seen + (row + tile_rows - 1) // group > window:
                     _hide(scores, row, group, seen, num_tokens, window)

@@ -33,8 +33,11 @@ def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routin
     """Same as ``gate.gate``. Ties go to the lower expert."""
     if not computes(x_TD.dtype):
         return reference.gate(x_TD, weight_ED, bias_E, routing)
-    x, weight, bias = array(x_TD), array(weight_ED), _NO_BIAS if bias_E is None else array(bias_E)
-    ids, weights = np.empty((len(x), routing.top_k), np.int64), np.empty((len(x), routing.top_k), np.float32)
+    x = array(x_TD)
+    weight = array(weight_ED)
+    bias = _NO_BIAS if bias_E is None else array(bias_E)
+    ids = np.empty((len(x), routing.top_k), np.int64)
+    weights = np.empty((len(x), routing.top_k), np.float32)
     route(x, weight, bias, *rule_of(routing), ids, weights)
     return torch.from_numpy(ids), torch.from_numpy(weights)
 
@@ -51,7 +54,8 @@ def rule_of(routing: Routing) -> tuple[tuple[int, int, bool], tuple[bool, bool, 
 
 @njit(cache=True, forceinline=True)
 def route(x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK):
-    blocks, alone = (len(x_TD) + _BLOCK - 1) // _BLOCK, len(x_TD) * weight_ED.size < _ALONE
+    blocks = (len(x_TD) + _BLOCK - 1) // _BLOCK
+    alone = len(x_TD) * weight_ED.size < _ALONE
     share_out(_route_blocks, blocks, (x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK), alone)
 
 

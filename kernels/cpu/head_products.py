@@ -56,7 +56,8 @@ def _multiply(x_RHI, w_HIO, out_RHO):
 def _multiply_some(begin, end, x_RHI, w_HIO, out_RHO):
     for head in range(begin, end):
         rows, w_IO, out_RO = _rows(x_RHI, head), w_HIO[head], out_RHO[:, head]
-        row_units, sums = units(rows), np.empty((TILE_ROWS, TILE_COLUMNS), np.float32)
+        row_units = units(rows)
+        sums = np.empty((TILE_ROWS, TILE_COLUMNS), np.float32)
         paired = units(room_for(row_units.shape[1], TILE_COLUMNS * row_units.itemsize // rows.itemsize, rows))
         for column in range(0, out_RHO.shape[2], TILE_COLUMNS):
             pair_rows(w_IO, None, 0, column, paired)
@@ -72,7 +73,8 @@ def _multiply_turned(x_RHI, w_HOI, out_RHO):
 def _multiply_some_turned(begin, end, x_RHI, w_HOI, out_RHO):
     for head in range(begin, end):
         rows, w_OI, out_RO = _rows(x_RHI, head), w_HOI[head], out_RHO[:, head]
-        row_units, sums = units(rows), np.empty((TILE_ROWS, TILE_COLUMNS), np.float32)
+        row_units = units(rows)
+        sums = np.empty((TILE_ROWS, TILE_COLUMNS), np.float32)
         turned = units(room_for(row_units.shape[1], TILE_COLUMNS * row_units.itemsize // rows.itemsize, rows))
         for column in range(0, out_RHO.shape[2], TILE_COLUMNS):
             turn_rows(w_OI, None, column, 0, turned)

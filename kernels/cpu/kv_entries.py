@@ -28,7 +28,8 @@ from .codegen.tiles import move
 from .codegen.vectors import LANES
 
 NO_SCALES = np.empty((0, 0), np.float32)
-_LARGEST, _LEAST_SCALE = np.float32(LARGEST), np.float32(LEAST_SCALE)
+_LARGEST = np.float32(LARGEST)
+_LEAST_SCALE = np.float32(LEAST_SCALE)
 
 
 class Place(NamedTuple):
@@ -122,13 +123,15 @@ def read(entries, place, head, pages, block, out_NX):
     """Reads a head's numbers at a block's positions; rows past its end become zero."""
     stay_apart()
     count, done, first = block.end - block.begin, 0, place.first + head * place.step
-    scales, halves = _scales(entries), _halves(entries)
+    scales = _scales(entries)
+    halves = _halves(entries)
     while done < count:
         offset = (block.begin + done) % block.page_size
         row = np.int64(pages[(block.begin + done) // block.page_size]) * block.page_size + offset
         num = min(block.page_size - offset, count - done)
         for begin in range(0, place.width, place.group):
-            width, scale = min(place.group, place.width - begin), place.scale + head + begin // place.group
+            width = min(place.group, place.width - begin)
+            scale = place.scale + head + begin // place.group
             move_rows(entries, row, first + begin, width, scales, scale, out_NX, done, begin, num)
         if place.tail:
             move_rows(
@@ -153,7 +156,8 @@ def move_rows(source, row, column, width, scales, scale, out, out_row, out_colum
     ``NO_SCALES`` means no factor.
     """
     stay_apart()
-    wide, even = width // (4 * LANES) * (4 * LANES), width // LANES * LANES
+    wide = width // (4 * LANES) * (4 * LANES)
+    even = width // LANES * LANES
     for n in range(num_rows):
         factor = scales[row + n, scale] if scales.shape[1] else np.float32(1)
         for x in range(0, wide, 4 * LANES):  # unrolled by hand, since the compiler does not
@@ -257,7 +261,8 @@ def _write_head(x_D, cache, position, head, num_heads):
     if cache.dtype == types.uint8:
 
         def write_bytes(x_D, cache, position, head, num_heads):
-            dim, scales = len(x_D), cache.view(np.float32)
+            dim = len(x_D)
+            scales = cache.view(np.float32)
             scales[position, num_heads * dim // 4 + head] = _write_group(
                 x_D, cache[position, head * dim : (head + 1) * dim]
             )
@@ -279,7 +284,9 @@ def _write_latent(c_C, k_E, cache, position):
     if cache.dtype == types.uint8:
 
         def write_bytes(c_C, k_E, cache, position):
-            scales, halves, dim = cache.view(np.float32), cache.view(np.uint16), len(c_C)
+            scales = cache.view(np.float32)
+            halves = cache.view(np.uint16)
+            dim = len(c_C)
             for begin in range(0, dim, GROUP):
                 end = min(begin + GROUP, dim)
                 scales[position, dim // 4 + begin // GROUP] = _write_group(

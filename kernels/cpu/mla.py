@@ -77,10 +77,8 @@ def _absorbed(
     out_RHC, bits = made((num_rows, num_heads, latent_dim), q_RHZ.dtype)
     starts_R1, lengths_R, pages_RP = rows_of(batch)
     rows = starts_R1[: num_rows + 1], lengths_R[:num_rows], pages_RP[:num_rows]
-    shape, place = (
-        Shape(1, num_rows, batch.page_size, num_threads()),
-        place_of_latents(cache, latent_dim),
-    )
+    shape = Shape(1, num_rows, batch.page_size, num_threads())
+    place = place_of_latents(cache, latent_dim)
     # The shape that other attention has, so that no further kernel is compiled.
     entries = cache if holds_fp8(cache) else cache[:, None]
     attend_places(q_RHZ, (entries, entries), (place, _SAME_AS_KEYS), rows, shape, Softmax(scale), bits)

@@ -36,7 +36,8 @@ def add_rms_norm(x: Tensor, update: Tensor, weight_D: Tensor, eps: float) -> tup
     """Same as ``norm.add_rms_norm``."""
     if not (computes(x.dtype) and x.dtype == update.dtype == weight_D.dtype):
         return norm.add_rms_norm(x, update, weight_D, eps)
-    (total, total_bits), (out, bits) = made(x.shape, x.dtype), made(x.shape, x.dtype)
+    total, total_bits = made(x.shape, x.dtype)
+    out, bits = made(x.shape, x.dtype)
     add_norm_rows(
         _three(array(x)), _three(array(update)), array(weight_D), eps, _three(total_bits), _three(bits)
     )

@@ -109,8 +109,10 @@ def _enter_tokens(begin, end, qkv_TXD, weights, eps, turns, caches, write_T, int
 @inner()
 def _enter_token(qkv_XD, weights, eps, turns, caches, position, interleaved, out_HD):
     """Enters one token."""
-    num_heads, num_keys = len(out_HD), (len(qkv_XD) - len(out_HD)) // 2
-    normed_D, turned_D = np.empty_like(qkv_XD[0]), np.empty_like(qkv_XD[0])
+    num_heads = len(out_HD)
+    num_keys = (len(qkv_XD) - len(out_HD)) // 2
+    normed_D = np.empty_like(qkv_XD[0])
+    turned_D = np.empty_like(qkv_XD[0])
     for head in range(num_heads):
         _turn(qkv_XD[head], weights[0], eps, normed_D, turns[0], turns[1], interleaved, out_HD[head])
     for head in range(num_keys):
@@ -130,12 +132,14 @@ def _turn(x_D, weight_D, eps, normed_D, cos_F, sin_F, interleaved, out_D):
             normed_D[d] = x_D[d]
     if interleaved:
         for f in range(num):
-            low, high = widen(normed_D[2 * f]), widen(normed_D[2 * f + 1])
+            low = widen(normed_D[2 * f])
+            high = widen(normed_D[2 * f + 1])
             out_D[f] = narrow(low * cos_F[f] - high * sin_F[f], out_D)
             out_D[num + f] = narrow(high * cos_F[f] + low * sin_F[f], out_D)
     else:
         for f in range(num):
-            low, high = widen(normed_D[f]), widen(normed_D[num + f])
+            low = widen(normed_D[f])
+            high = widen(normed_D[num + f])
             out_D[f] = narrow(low * cos_F[f] - high * sin_F[f], out_D)
             out_D[num + f] = narrow(high * cos_F[f] + low * sin_F[f], out_D)
     for d in range(2 * num, len(x_D)):

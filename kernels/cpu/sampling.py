@@ -44,7 +44,8 @@ def likeliest(x_SV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     if not count or x_SV.dtype != torch.float32 or x_SV.shape[1] < _FEW * count * _SEARCHED:
         return sampling.likeliest(x_SV, count)
-    values, ids = torch.empty(len(x_SV), count), torch.empty(len(x_SV), count, dtype=torch.int64)
+    values = torch.empty(len(x_SV), count)
+    ids = torch.empty(len(x_SV), count, dtype=torch.int64)
     _search(array(x_SV.contiguous()), array(values), array(ids))
     return values, ids
 

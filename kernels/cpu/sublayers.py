@@ -48,7 +48,9 @@ from .norm import add_norm_rows, norm_rows
 from .rope import enter_heads
 from .views import angles_of, rows_of, writes_of
 
-_BF16, _FLOAT32, _NO_ROWS = np.empty(0, np.uint16), np.empty(0, np.float32), np.empty((0, 0), np.uint16)
+_BF16 = np.empty(0, np.uint16)
+_FLOAT32 = np.empty(0, np.float32)
+_NO_ROWS = np.empty((0, 0), np.uint16)
 
 
 def attention_in_blocks(norm: RowNorm, heads: GroupedHeads) -> bool:
@@ -155,7 +157,8 @@ class Experts:
             self._local = local
             self._places = array(local.slots_L), array(local.rows_M), array(local.counts_S)
         total_TD, rows = _rows(residual, *self._norm)
-        normed_TD, out_TD = torch.empty_like(total_TD), torch.empty_like(total_TD)
+        normed_TD = torch.empty_like(total_TD)
+        out_TD = torch.empty_like(total_TD)
         given = normed_TD.data_ptr(), out_TD.data_ptr()
         weights = self._blocks, self._form
         _experts(rows, self._routing, self._places, weights, given, num_threads())
@@ -194,7 +197,8 @@ def _head_norms(heads: GroupedHeads) -> tuple[NDArray[Any], NDArray[Any], float]
 def _add_norm(rows, normed_TD):
     x, update, weight_D, eps, total, num_tokens, hidden = rows
     shape = (num_tokens, 1, hidden)  # as ``norm`` passes rows
-    x_T1D, normed_T1D = matrix(x, num_tokens, hidden).reshape(shape), normed_TD.reshape(shape)
+    x_T1D = matrix(x, num_tokens, hidden).reshape(shape)
+    normed_T1D = normed_TD.reshape(shape)
     if update:
         update_T1D = matrix(update, num_tokens, hidden).reshape(shape)
         total_T1D = matrix(total, num_tokens, hidden).reshape(shape)
@@ -225,10 +229,8 @@ def _attention(rows, dim, qkv, entering, attending, out, result):
         attending,
     )
     num_tokens, hidden, num_heads = rows[5], rows[6], qkv[1] // dim
-    normed_TD, qkv_TN = (
-        np.empty((num_tokens, hidden), np.uint16),
-        np.empty((num_tokens, qkv[1]), np.uint16),
-    )
+    normed_TD = np.empty((num_tokens, hidden), np.uint16)
+    qkv_TN = np.empty((num_tokens, qkv[1]), np.uint16)
     _add_norm(rows, normed_TD)
     _multiply(normed_TD, qkv, qkv_TN, shape.num_threads)
     qkv_TXE = qkv_TN.reshape(num_tokens, num_heads, dim)
@@ -252,9 +254,11 @@ def _experts(rows, routing, places, weights, results, num_threads):
         blocks,
     )
     num_tokens, hidden = rows[5], rows[6]
-    normed_TD, out_TD = matrix(results[0], num_tokens, hidden), matrix(results[1], num_tokens, hidden)
+    normed_TD = matrix(results[0], num_tokens, hidden)
+    out_TD = matrix(results[1], num_tokens, hidden)
     _add_norm(rows, normed_TD)
-    ids_TC, weights_TC = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.float32)
+    ids_TC = np.empty((num_tokens, top_k), np.int64)
+    weights_TC = np.empty((num_tokens, top_k), np.float32)
     route(normed_TD, weight_LD, bias_L, groups, rule, ids_TC, weights_TC)
     slots_M = slots_L[ids_TC.reshape(-1)]
     y_MD = np.empty((len(slots_M), hidden), np.uint16)

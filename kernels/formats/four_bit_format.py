@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MULTIPLE = 8  # of values in a row: whole words of int4
+MULTIPLE = 8  # values of a row come in whole words of int4
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SCALE_BYTES = {"bf16": 2, "fp16": 2, "e8m0": 1, "e4m3": 1}

@@ -34,7 +34,7 @@ SCALE_BYTES = 4
 # DeepSeek's sparse attention: most bytes of index scores that are made at once, with what choosing
 # makes of them, and of entries gathered for attention; on GPUs and on a CPU.
 INDEX_BLOCK_BYTES, INDEX_BLOCK_BYTES_CPU = 256 << 20, 64 << 20
-INDEX_SCORE_BYTES = 32  # of one score, with what choosing makes of it; not measured
+INDEX_SCORE_BYTES = 32  # per score, including the choice's temporaries; not measured
 _ROTATED_BYTES = 2
 
 

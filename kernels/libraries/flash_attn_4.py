@@ -55,7 +55,8 @@ class FlashAttention4(LibraryRows):
         return ""
 
     def _reason(self, queries: Queries, keys: Keys, batch: PagedBatch) -> str:
-        prompts, num_rows = _prompts(queries, batch), len(batch.lengths_R) - batch.num_decode
+        prompts = _prompts(queries, batch)
+        num_rows = len(batch.lengths_R) - batch.num_decode
         if not len(prompts.q0_THC) or not num_rows:
             return ""
         return self.supports(prompts, keys, num_rows, self._arch)

@@ -159,7 +159,9 @@ def _decode(
         mask = group.mask
         if rule.window:
             mask = mask & (mask.flip(-1).cumsum(-1).flip(-1) <= rule.window)
-        q_RKG1D, k_RK1LD, v_RK1LD = q_RKGD.unsqueeze(3), k_RKLD.unsqueeze(2), v_RKLD.unsqueeze(2)
+        q_RKG1D = q_RKGD.unsqueeze(3)
+        k_RK1LD = k_RKLD.unsqueeze(2)
+        v_RK1LD = v_RKLD.unsqueeze(2)
         return _softmax_of(q_RKG1D, k_RK1LD, v_RK1LD, mask.unsqueeze(3), scale, rule).squeeze(3).flatten(1, 2)
     return F.scaled_dot_product_attention(q_RKGD, k_RKLD, v_RKLD, attn_mask=group.mask, scale=scale).flatten(
         1, 2

@@ -39,7 +39,8 @@ def activate(gate_up: Tensor, activation: Activation) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     if activation.kind == "silu":
         return F.silu(gate) * up
-    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    gate = gate.clamp(max=activation.limit)
+    up = up.clamp(-activation.limit, activation.limit)
     return gate * (gate * activation.alpha).sigmoid() * (up + 1)
 
 

@@ -162,7 +162,9 @@ def experts_fp8(
     as ``dtype``.
     """
     rows_M, slots_M = pairs
-    x_ND, w13_SFD, w2_SDF = widen_rows(x), widen_blocks(w13), widen_blocks(w2)
+    x_ND = widen_rows(x)
+    w13_SFD = widen_blocks(w13)
+    w2_SDF = widen_blocks(w2)
     y_MD = x_ND.new_zeros(len(slots_M), w2_SDF.shape[1])
     for pair, (row, slot) in enumerate(zip(rows_M.tolist(), slots_M.tolist(), strict=True)):
         if slot >= 0:

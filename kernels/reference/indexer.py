@@ -42,7 +42,8 @@ class IndexNorm:
 
     def of(self, k_TI: Tensor) -> Tensor:
         """Normed keys in their dtype, computed in float32."""
-        weight_I, bias_I = self.weight_I.float(), self.bias_I.float()
+        weight_I = self.weight_I.float()
+        bias_I = self.bias_I.float()
         return F.layer_norm(k_TI.float(), weight_I.shape, weight_I, bias_I, self.eps).to(k_TI.dtype)
 
 
@@ -72,7 +73,8 @@ def select_positions(
     """
     if max(batch.lengths, default=0) <= top_k:
         return None
-    tokens, places = list[Tensor](), list[Tensor]()
+    tokens = list[Tensor]()
+    places = list[Tensor]()
     for row, (begin, length) in enumerate(zip(batch.query_starts, batch.lengths, strict=False)):
         count = batch.query_starts[row + 1] - begin
         first = begin + max(0, top_k - (length - count))
@@ -143,7 +145,8 @@ def _scores(q_NJI: Tensor, weights_NJ: Tensor, keys_LI: Tensor) -> Tensor:
 
 def _rest(batch: PagedBatch, top_k: int, device: torch.device) -> tuple[PagedBatch | None, Tensor]:
     """The tokens that see no more than ``top_k`` positions, as rows of their own."""
-    begins, lengths = np.array(batch.query_starts), np.array(batch.lengths)
+    begins = np.array(batch.query_starts)
+    lengths = np.array(batch.lengths)
     counts = np.diff(begins)
     starts = lengths - counts
     left = np.clip(top_k - starts, 0, counts)

@@ -138,7 +138,9 @@ def build_batch(
     assert (counts_R[:num_decode] == 1).all(), "a decode row computes one token"
     lengths = starts_R + counts_R
     if num_decode == len(counts_R):
-        query_start, owners, positions = np.arange(num_decode + 1), np.arange(num_decode), starts_R
+        query_start = np.arange(num_decode + 1)
+        owners = np.arange(num_decode)
+        positions = starts_R
     else:
         query_start = np.zeros(len(counts_R) + 1, np.int64)
         counts_R.cumsum(out=query_start[1:])

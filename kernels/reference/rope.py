@@ -64,10 +64,13 @@ def yarn_frequencies(
     def pair_of(turns: float) -> float:
         return dim * math.log(original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = pair_of(beta_fast), pair_of(beta_slow)
+    low = pair_of(beta_fast)
+    high = pair_of(beta_slow)
     if truncate:
-        low, high = float(math.floor(low)), float(math.ceil(high))
-    low, high = max(low, 0.0), min(high, dim - 1.0)
+        low = float(math.floor(low))
+        high = float(math.ceil(high))
+    low = max(low, 0.0)
+    high = min(high, dim - 1.0)
     ramp_F = (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)
     slowed_F = ramp_F.clamp(0, 1)
     plain_F = frequencies(dim, theta)
@@ -77,7 +80,8 @@ def yarn_frequencies(
 def angles(positions_T: Tensor, frequencies_F: Tensor, magnitude: float = 1.0) -> Angles:
     """Angles of positions_T int64; ``magnitude`` multiplies cos and sin."""
     turn_T1F = (positions_T.float()[:, None] * frequencies_F)[:, None, :]
-    cos_T1F, sin_T1F = turn_T1F.cos(), turn_T1F.sin()
+    cos_T1F = turn_T1F.cos()
+    sin_T1F = turn_T1F.sin()
     return Angles(cos_T1F * magnitude, sin_T1F * magnitude) if magnitude != 1.0 else Angles(cos_T1F, sin_T1F)
 
 
@@ -121,7 +125,8 @@ def norm_rotate_and_write(
     """``rotate_and_write`` of X = H + 2 K heads (queries, keys, values), after optional norms."""
     q_THD, k_TKD, v_TKD = split_heads(qkv_TXD, cache[0])
     if norms is not None:
-        q_THD, k_TKD = rms_norm(q_THD, norms.q_D, norms.eps), rms_norm(k_TKD, norms.k_D, norms.eps)
+        q_THD = rms_norm(q_THD, norms.q_D, norms.eps)
+        k_TKD = rms_norm(k_TKD, norms.k_D, norms.eps)
     return rotate_and_write(q_THD, k_TKD, v_TKD, angles, cache, write_T, interleaved)
 
 

@@ -67,7 +67,8 @@ class SamplingParams:
     @staticmethod
     def greedy(num_rows: int) -> SamplingParams:
         """Settings of rows that take the most likely token."""
-        ones, zeros = np.ones(num_rows, np.float32), np.zeros(num_rows, np.float32)
+        ones = np.ones(num_rows, np.float32)
+        zeros = np.zeros(num_rows, np.float32)
         return SamplingParams(zeros, np.zeros(num_rows, np.int64), ones, zeros)
 
     @cached_property

@@ -88,7 +88,8 @@ def attend_extend(
     """Attends the rows after ``num_decode`` that have at most ``most_queries`` tokens; leaves other
     rows alone.
     """
-    num_tokens, num_rows = len(queries.q0_THC) - batch.num_decode, len(batch.lengths_R) - batch.num_decode
+    num_tokens = len(queries.q0_THC) - batch.num_decode
+    num_rows = len(batch.lengths_R) - batch.num_decode
     if num_tokens <= 0 or not num_rows:
         return
     group = queries.q0_THC.shape[1] // keys.k0.values.shape[1]
@@ -262,7 +263,8 @@ def _attend_kernel(
         inside = key < key_end
         at = pages.to(tl.int64) * PAGE + key % PAGE
         pages = pages_of(row_pages_ptr, key_start + BLOCK_N, key_end, PAGE, BLOCK_N)
-        k_scales_at, v_scales_at = k_scales_ptr + at * scales_stride_p, v_scales_ptr + at * scales_stride_p
+        k_scales_at = k_scales_ptr + at * scales_stride_p
+        v_scales_at = v_scales_ptr + at * scales_stride_p
         k = _load_values(
             k_ptr + at * k_stride_p + kv_head * k_stride_h,
             k_scales_at,

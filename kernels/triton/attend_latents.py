@@ -185,7 +185,8 @@ def _attend_latents_kernel(
         k1_mask = inside[:, None] & (e < E)[None, :]
         k1 = tl.load(rotated_ptr + at[:, None] * rotated_stride_p + e[None, :], mask=k1_mask, other=0.0)
         scores = tl.dot(q1, tl.trans(k1.to(dtype)), input_precision="ieee")
-        latents_at, scales_at = latents_ptr + at * latents_stride_p, scales_ptr + at * scales_stride_p
+        latents_at = latents_ptr + at * latents_stride_p
+        scales_at = scales_ptr + at * scales_stride_p
         latents = ()
         for i in tl.static_range(CHUNKS):
             x = _load_chunk(latents_at, scales_at, inside, i, C, CHUNK, GROUP, BLOCK_N, dtype)

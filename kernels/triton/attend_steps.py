@@ -44,7 +44,9 @@ def place_of_tile(
     if DECODE:
         tile = tl.program_id(0)
         row = tile // tl.cdiv(G, BLOCK_M)
-        tile_in_row, num_queries, first_token = tile % tl.cdiv(G, BLOCK_M), 1, row.to(tl.int64)
+        tile_in_row = tile % tl.cdiv(G, BLOCK_M)
+        num_queries = 1
+        first_token = row.to(tl.int64)
     else:
         tile = tl.num_programs(0) - 1 - tl.program_id(0)
         row, tile_in_row, num_queries, first_token = row_of_tile(

@@ -43,7 +43,9 @@ class PagedAttend:
         k, v = (heads_of(cache, q_THD.shape[2]) for cache in (k_cache, v_cache))
         assert q_THD.shape[1] % k.values.shape[1] == 0
         out_THD = q_THD.new_empty(q_THD.shape)
-        queries, keys, tiles = Queries(q_THD, None, out_THD), Keys(k, None, v), self.tiles
+        queries = Queries(q_THD, None, out_THD)
+        keys = Keys(k, None, v)
+        tiles = self.tiles
         eight = holds_fp8(k_cache)
         self.decode(queries, keys, batch, scale, tiles.decode_fp8 if eight else tiles.decode, rule)
         self.extend(queries, keys, batch, scale, tiles.extend_fp8 if eight else tiles.extend, rule)

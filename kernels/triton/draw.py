@@ -74,10 +74,8 @@ def _sample(
     bests_RQ, places_RQ = (room(num_rows, num_parts, dtype=kind) for kind in (torch.float32, torch.int32))
     states = room(2 * _STEPS, 3, num_rows, dtype=torch.float64)
     sums_2RQB = room(2, num_rows, num_parts, bins, dtype=torch.float64)
-    masses_RQ, floors_2R = (
-        room(num_rows, num_parts, dtype=torch.float64),
-        room(2, num_rows, dtype=torch.float32),
-    )
+    masses_RQ = room(num_rows, num_parts, dtype=torch.float64)
+    floors_2R = room(2, num_rows, dtype=torch.float32)
     grid, row = (num_rows, num_parts), (logits_RV, logits_RV.stride(0), settings[0])
     cut = {"Q": num_parts, "Q_PAD": power_of_two(num_parts), "PART": part}
     cut["MIN_TEMPERATURE"] = MIN_TEMPERATURE
@@ -158,7 +156,8 @@ def _best_of(bests_ptr, row, Q: tl.constexpr, Q_PAD: tl.constexpr):
 @triton.jit
 def _best_kernel(logits_ptr, logits_stride, bests_ptr, places_ptr, V, Q: tl.constexpr, PART: tl.constexpr):
     """The largest logit of a part, and its first place."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     v = part * PART + tl.arange(0, PART)
     logits = tl.load(logits_ptr + row * logits_stride + v, mask=v < V, other=float("-inf"))
     best = tl.max(logits, 0)
@@ -230,12 +229,14 @@ def _narrow_kernel(
     """Weights of a part by the next bits of the floor of top-k, later of top-p (``MASS``). Every
     rule is about the weights that earlier ones left, so the first step of top-p ends top-k.
     """
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     logits_ptr += row * logits_stride
     temperature = tl.load(temperature_ptr + row)
     if temperature < MIN_TEMPERATURE:
         return
-    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
     limits = (top_k > 0) & (top_k < V)
     least = 0.0
     if MASS:
@@ -307,11 +308,13 @@ def _mass_kernel(
     BINS: tl.constexpr,
 ):
     """The weight of a part above all floors."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     temperature = tl.load(temperature_ptr + row)
     if temperature < MIN_TEMPERATURE:
         return
-    least, top_p = tl.load(floors_ptr + row), tl.load(top_p_ptr + row)
+    least = tl.load(floors_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
     if top_p < 1.0:
         low, _, _ = _refined(
             row, 2 * STEPS, top_p, states_ptr, sums_ptr, R, Q, Q_PAD, BITS, STEPS, BINS, True

@@ -238,7 +238,9 @@ def _up_kernel(
             w_gate = tl.load(gate_at + start, mask=(f < F)[None, :] & inside[:, None], other=0.0)
             w_up = tl.load(gate_at + F * D + start, mask=(f < F)[None, :] & inside[:, None], other=0.0)
         if WIDEN:
-            x, w_gate, w_up = x.to(tl.float32), w_gate.to(tl.float32), w_up.to(tl.float32)
+            x = x.to(tl.float32)
+            w_gate = w_gate.to(tl.float32)
+            w_up = w_up.to(tl.float32)
         gate = tl.dot(x, w_gate, gate, input_precision="ieee")
         up = tl.dot(x, w_up, up, input_precision="ieee")
     if BIASED:
@@ -291,7 +293,8 @@ def _down_kernel(
             h = tl.load(h_at + start, mask=inside[None, :], other=0.0)
             w = tl.load(w_at + start, mask=(d < D)[None, :] & inside[:, None], other=0.0)
         if WIDEN:
-            h, w = h.to(tl.float32), w.to(tl.float32)
+            h = h.to(tl.float32)
+            w = w.to(tl.float32)
         y = tl.dot(h, w, y, input_precision="ieee")
     if BIASED:
         y += biases_of(bias_ptr + slot * D, d, D)

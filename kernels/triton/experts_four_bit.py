@@ -215,7 +215,8 @@ def _up_four_bit_kernel(
             codes_at + F * HALF, scales_at + F * GROUPS, mask, up_factor, E2M1, SCALES, dtype
         )
         if WIDEN:
-            x_even, x_odd = x_even.to(tl.float32), x_odd.to(tl.float32)
+            x_even = x_even.to(tl.float32)
+            x_odd = x_odd.to(tl.float32)
         gate = tl.dot(x_even, gate_even, gate, input_precision="ieee")
         gate = tl.dot(x_odd, gate_odd, gate, input_precision="ieee")
         up = tl.dot(x_even, up_even, up, input_precision="ieee")
@@ -274,7 +275,8 @@ def _down_four_bit_kernel(
         scales_at = scales_ptr + w_row * GROUPS + ((start + k) // (GROUP // 2))[:, None]
         even, odd = _weights(codes_at, scales_at, mask, factor, E2M1, SCALES, dtype)
         if WIDEN:
-            h_even, h_odd = h_even.to(tl.float32), h_odd.to(tl.float32)
+            h_even = h_even.to(tl.float32)
+            h_odd = h_odd.to(tl.float32)
         y = tl.dot(h_even, even, y, input_precision="ieee")
         y = tl.dot(h_odd, odd, y, input_precision="ieee")
     if BIASED:

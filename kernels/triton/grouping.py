@@ -28,7 +28,9 @@ _PARTS_AT_ONCE = 16  # parts whose counts a program adds up at once
 
 def group_pairs(slots_M: Tensor, counts_S: Tensor, block: int) -> Grouping:
     """Same as ``grouping.group_pairs``."""
-    num_pairs, num_slots, device = len(slots_M), len(counts_S), slots_M.device
+    num_pairs = len(slots_M)
+    num_slots = len(counts_S)
+    device = slots_M.device
     num_blocks = most_blocks(num_pairs, num_slots, block)
     slot_of_block_B = torch.empty(num_blocks, dtype=torch.int32, device=device)
     pair_of_place_P = torch.empty(num_blocks * block, dtype=torch.int32, device=device)
@@ -96,7 +98,8 @@ def unpermute(y_PD: Tensor, grouping: Grouping, num_pairs: int) -> Tensor:
 @triton.jit(do_not_specialize=["num_pairs"])
 def _count_kernel(slots_ptr, counts_ptr, num_pairs, S: tl.constexpr, PART: tl.constexpr, CHUNK: tl.constexpr):
     """Counts the pairs of one slot in one part."""
-    slot, part = tl.program_id(0), tl.program_id(1)
+    slot = tl.program_id(0)
+    part = tl.program_id(1)
     found = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, PART, CHUNK):
         pair = part * PART + start + tl.arange(0, CHUNK)
@@ -126,8 +129,10 @@ def _place_kernel(
     for its slot: its blocks, the padding of the last one, and the running count; that of slot 0
     marks the unused blocks.
     """
-    slot, part = tl.program_id(0), tl.program_id(1)
-    s, q = tl.arange(0, S_PAD), tl.arange(0, PARTS)
+    slot = tl.program_id(0)
+    part = tl.program_id(1)
+    s = tl.arange(0, S_PAD)
+    q = tl.arange(0, PARTS)
     counts = tl.zeros((S_PAD,), tl.int32)
     earlier = tl.zeros((S_PAD,), tl.int32)
     for start in range(0, num_parts, PARTS):

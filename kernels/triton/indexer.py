@@ -104,7 +104,8 @@ def _scores(
 ) -> Tensor:
     """Float32 [N, L]; undefined at positions that a token does not see."""
     (num_tokens, num_heads, dim), keys = q_NJI.shape, heads_of(cache, q_NJI.shape[2])
-    q_NJI, weights_NJ = q_NJI.contiguous(), weights_NJ.float().contiguous()
+    q_NJI = q_NJI.contiguous()
+    weights_NJ = weights_NJ.float().contiguous()
     scores_NL = torch.empty(num_tokens, most, dtype=torch.float32, device=q_NJI.device)
     _scores_kernel[(num_tokens, triton.cdiv(most, _BLOCK))](
         q_NJI,

@@ -51,7 +51,8 @@ def break_even(nope: int, rope: int, value: int, latent: int) -> int:
     """Largest number of queries per row for which latents as they are cost fewer operations than
     expanded ones.
     """
-    absorbed, expanded = 2 * latent + rope, nope + rope + value
+    absorbed = 2 * latent + rope
+    expanded = nope + rope + value
     return 2**31 - 1 if absorbed <= expanded else latent * (nope + value) // (absorbed - expanded)
 
 

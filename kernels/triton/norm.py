@@ -49,7 +49,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def _launch(x: Tensor, update: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     check_dtype(x, "rms_norm: x")
     dim = x.shape[-1]
-    rows, added = _as_heads(x), _as_heads(update if update is not None else x)
+    rows = _as_heads(x)
+    added = _as_heads(update if update is not None else x)
     num_rows, heads = rows.shape[0] * rows.shape[1], rows.shape[1]
     normed = x.new_empty(x.shape)
     total = x.new_empty(x.shape) if update is not None else normed

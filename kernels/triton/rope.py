@@ -31,7 +31,8 @@ def norm_rotate_and_write(
     """Same as ``rope.norm_rotate_and_write``, in three launches: the norms are separate kernels."""
     q_THD, k_TKD, v_TKD = split_heads(qkv_TXD, cache[0])
     if norms is not None:
-        q_THD, k_TKD = rms_norm(q_THD, norms.q_D, norms.eps), rms_norm(k_TKD, norms.k_D, norms.eps)
+        q_THD = rms_norm(q_THD, norms.q_D, norms.eps)
+        k_TKD = rms_norm(k_TKD, norms.k_D, norms.eps)
     return rotate_and_write(q_THD, k_TKD, v_TKD, angles, cache, write_T, interleaved)
 
 
@@ -192,7 +193,8 @@ def _rotate(
         first = tl.load(x_ptr + h * stride_h + f, mask=inside, other=0.0)
         second = tl.load(x_ptr + h * stride_h + F + f, mask=inside, other=0.0)
     dtype = x_ptr.dtype.element_ty
-    first, second = first.to(tl.float32), second.to(tl.float32)
+    first = first.to(tl.float32)
+    second = second.to(tl.float32)
     return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
@@ -299,11 +301,13 @@ def _rotate_and_write_kernel(
         _store_rest(out_ptr + token * (D * H), q_rest, H, H_PAD, 2 * F, D, D_PAD)
         k_rest = _load_rest(k_ptr + token * k_stride_t, k_stride_h, K, K_PAD, 2 * F, D, D_PAD)
     heads = tl.where(place >= 0, K, 0)
-    k_at, v_at = k_cache_ptr + place * cache_stride, v_cache_ptr + place * cache_stride
+    k_at = k_cache_ptr + place * cache_stride
+    v_at = v_cache_ptr + place * cache_stride
     if EIGHT:
         dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
         h = tl.arange(0, K_PAD)
-        first, second = first.to(tl.float32), second.to(tl.float32)
+        first = first.to(tl.float32)
+        second = second.to(tl.float32)
         scales = tl.maximum(group_scales(first), group_scales(second))  # one scale for all parts of a head
         if 2 * F < D:
             scales = tl.maximum(scales, group_scales(k_rest.to(tl.float32)))

@@ -24,7 +24,7 @@ _Told = TypeVar("_Told")
 @dataclass(frozen=True)
 class Endpoint:
     """``max_len``: longest prompt and answer together. It and ``vocab_size`` are None if the server
-    does not tell.
+    does not report them.
     """
 
     server: Server
@@ -49,7 +49,7 @@ async def find(server: Server, wanted: str | None) -> Endpoint:
 
 
 async def _if_told(answer: Awaitable[_Told]) -> _Told | None:
-    """None where the server has no such page, or another one at its place."""
+    """The answer of an optional page; None if the server lacks it or answers something else."""
     try:
         return await answer
     except ServerError as error:
@@ -83,7 +83,9 @@ async def timed(endpoint: Endpoint, question: Question, due: float, clock: Clock
     """Sends a request and times its chunks. A failure is part of the result."""
     body = question.body(endpoint.model)
     chunks: list[float] = []
-    events, usage, counted = EventReader(), StreamUsage(), 0
+    events = EventReader()
+    usage = StreamUsage()
+    counted = 0
     sent = clock()
     try:
         async with ask(endpoint.server, "POST", "/v1/completions", body) as answer:

@@ -11,7 +11,8 @@ from .workload import Workload
 
 @dataclass(frozen=True)
 class Limit:
-    """No server with this plan's model and hardware is quicker. ``binds``: what bounds decode.
+    """Bounds that no server with this plan's model and hardware can beat. ``binds``: what bounds
+    decode.
 
     ``ttft``: seconds to compute one prompt alone. ``tpot``: seconds of a decode step with all
     requests in flight. ``output_per_second``: their tokens in that time.
@@ -25,8 +26,8 @@ class Limit:
 
 def limit_of(plan: CapacityPlan, workload: Workload, in_flight: float) -> Limit:
     """The limit at the mean length of a running request. Rows are spread evenly over the data
-    indices and, with pipelines, over the cohorts that take turns; no more run than have slots and
-    pages.
+    indices and, with pipelines, over the cohorts that take turns; their number is bounded by slots
+    and pages.
     """
     mesh = plan.setup.mesh
     running = max(1e-9, min(in_flight, plan.largest_batch or in_flight))

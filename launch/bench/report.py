@@ -1,4 +1,4 @@
-"""Results of a benchmark, and the rows that are kept of them."""
+"""Results of a benchmark, and the rows of its files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class LevelResult:
-    """A level of load at one endpoint. ``name``: of the option that names it. ``ratios``: to the
-    other endpoint, None without one.
+    """A level of load at one endpoint. ``name``: the option that sets it. ``ratios``: to the other
+    endpoint, None without one.
     """
 
     load: OfferedLoad
@@ -136,7 +136,7 @@ def results_of(
 
 
 def write_rows(folder: Path, rows: Sequence[Row], results: Sequence[LevelResult]) -> None:
-    """Writes what ``ROWS``, ``TABLE`` and ``REQUESTS`` name. Raises OSError."""
+    """Writes the files ``ROWS``, ``TABLE`` and ``REQUESTS``. Raises OSError."""
     _write_lines(folder / ROWS, rows)
     _write_lines(folder / REQUESTS, [row for result in results for row in result.request_rows()])
     with (folder / TABLE).open("w", newline="", encoding="utf-8") as file:

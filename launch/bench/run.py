@@ -15,7 +15,7 @@ from .workload import OfferedLoad, Workload
 
 _REFRESH = 0.1  # seconds between displays of progress
 _WARM_UP_TOKENS = 4
-_WARM_UP_REQUESTS = 8  # where a load has no concurrency
+_WARM_UP_REQUESTS = 8  # for loads without a concurrency
 
 ShowTurn = Callable[[TurnProgress], None]
 """Called several times a second with the turn under way."""
@@ -26,7 +26,7 @@ TellRound = Callable[[TurnProgress, Round], None]
 
 class Bench:
     """Loads one endpoint, or two in turns: the first leads in one round, the second in the next.
-    Prompts are never repeated, but for what they share.
+    Prompts are never repeated, except for their shared part.
 
     ``rounds``: those that have ended, by load and place of the endpoint. ``broken``: why it ended
     early, or empty.

@@ -83,7 +83,7 @@ def _table(name: str, members: Sequence[LevelResult]) -> Table:
 
 
 def _show_troubles(result: LevelResult, console: Console) -> None:
-    """Failures by kind, and what makes an answer's figures less sure."""
+    """Shows failures by kind, and notes on unreliable figures."""
     figures, where = result.figures, result.endpoint.url
     for kind, count in figures.errors.items():
         example = escape(figures.examples[kind])

@@ -30,7 +30,7 @@ class TimedRequest:
     """Moments in seconds since the start of the round. ``due``: when it should have been sent.
 
     ``chunks``: arrivals. ``tokens``: of the answer, by the server's usage, or where it sends none
-    (``usage`` false) as many as chunks. ``cached``: prompt tokens that a cache had.
+    (``usage`` false) as many as chunks. ``cached``: prompt tokens found in a cache.
     """
 
     due: float

@@ -121,29 +121,29 @@ def _memory(setup: Setup, stage: PipelineStage, work: Work) -> float:
 
 
 def attention_seconds(setup: Setup, decode: bool) -> float:
-    """Seconds in which a token attends to one position in one layer, without ``sharing``."""
+    """Seconds for a token to attend to one position in one layer, before ``sharing``."""
     operations = setup.shape.attention_operations(decode)
     return operations / setup.mesh.tensor / setup.operations(setup.attention_dtype)
 
 
 def read_seconds(setup: Setup) -> float:
-    """Seconds of reading one position in one layer, without ``sharing`` and its index key."""
+    """Seconds to read one position in one layer, without its index key, before ``sharing``."""
     shape, kind = setup.shape, setup.kv_dtype
     return shape.kv_bytes(kind, setup.mesh.tensor) / (1e12 * setup.hardware.memory_tb_s)
 
 
 def index_seconds(setup: Setup) -> float:
-    """Seconds in which an indexer scores one position for a token, without ``sharing``."""
+    """Seconds for an indexer to score one position for a token, before ``sharing``."""
     return setup.shape.index_operations / setup.operations(setup.attention_dtype)
 
 
 def index_read_seconds(setup: Setup) -> float:
-    """Seconds of reading one index key, without ``sharing``."""
+    """Seconds to read one index key, before ``sharing``."""
     return setup.shape.index_key_bytes(setup.kv_dtype) / (1e12 * setup.hardware.memory_tb_s)
 
 
 def bounds_of(setup: Setup, stage: PipelineStage) -> list[int]:
-    """The most positions that a token looks at in those layers of a stage that bound them."""
+    """The most positions that a token attends to, for each layer of a stage that bounds them."""
     return [bound for layer in stage.layers if (bound := setup.shape.bound(layer))]
 
 
@@ -171,7 +171,8 @@ def traffic(setup: Setup, num_tokens: float) -> Traffic:
         return Traffic(0, 0, 0.0, 0.0)
     tokens = num_tokens / setup.mesh.tensor
     top_k, row, output = setup.shape.moe.top_k, row_bytes(setup), setup.shape.hidden * setup.item
-    near_share, far_share = (near - 1) / ranks, (ranks - near) / ranks
+    near_share = (near - 1) / ranks
+    far_share = (ranks - near) / ranks
     sums = setup.hardware.device == "cuda"
     if setup.dispatch == "all_gather":
         away = (near - 1.0, (ranks - near) / near)
@@ -179,12 +180,15 @@ def traffic(setup: Setup, num_tokens: float) -> Traffic:
     else:
         copies = top_k if setup.dispatch == "deepep" else distinct(setup.shape.moe, ranks)
         num_back = copies if sums and setup.dispatch not in ("by_pair", "nccl_ep") else top_k
-        away, back = (copies * near_share, copies * far_share), (num_back * near_share, num_back * far_share)
+        away = (copies * near_share, copies * far_share)
+        back = (num_back * near_share, num_back * far_share)
         if setup.dispatch == "two_level":
             nodes = ranks / near
             far = distinct(setup.shape.moe, nodes) * (nodes - 1) / nodes
-            away, back = (copies * (near - 1) / near, far), (top_k * (near - 1) / near, far)
-    sent, returned = [tokens * row * part for part in away], [tokens * output * part for part in back]
+            away = (copies * (near - 1) / near, far)
+            back = (top_k * (near - 1) / near, far)
+    sent = [tokens * row * part for part in away]
+    returned = [tokens * output * part for part in back]
     return Traffic(int(sum(sent)), int(sum(returned)), _exchange(setup, *sent), _exchange(setup, *returned))
 
 

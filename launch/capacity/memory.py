@@ -69,7 +69,8 @@ def memory_of(setup: Setup, stage: PipelineStage) -> Memory:
     weights = weights_of(setup, stage)
     num_pages = pages_of(setup, stage, weights)
     kv_pool = (num_pages + 1) * page_bytes(setup, stage) if num_pages else 0
-    steps, moves = _steps(setup, stage), moves_bytes(setup, stage)
+    steps = _steps(setup, stage)
+    moves = moves_bytes(setup, stage)
     reserve = GPU_RESERVE_BYTES if setup.hardware.device == "cuda" else 0
     headroom = setup.rank_memory - weights.total - kv_pool - sum(steps) - moves - reserve
     return Memory(weights, num_pages, kv_pool, *steps, moves, reserve, headroom)
@@ -87,7 +88,8 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
     empty = slots * (places - shape.moe.num_experts - setup.redundant) // places
     table = -(-shape.vocab_size // tensor) * shape.hidden * item
     tables = stage.first + (stage.last and not (stage.first and shape.tie_embeddings))
-    absorbed, indexers = shape.absorbed_params(tensor), shape.num_indexers(stage.layers)
+    absorbed = shape.absorbed_params(tensor)
+    indexers = shape.num_indexers(stage.layers)
     linear = stored_bytes(
         shape.split_attention_params(tensor) - absorbed, setup.layer_format(*shape.attention_cuts(tensor))
     )

@@ -1,4 +1,6 @@
-"""The capacity plan of a recipe: memory per rank, KV capacity, time floors, and misfits."""
+"""The capacity plan of a recipe: memory per rank, KV capacity, time floors, and reasons why it does
+not fit.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,7 @@ class CapacityPlan:
 
     @property
     def seconds_per_1k_prompt(self) -> float:
-        """Floor of the seconds for 1,000 prompt tokens, when every rank computes as many."""
+        """Floor of the seconds for 1,000 prompt tokens if all ranks compute equally many."""
         return 1000 * self.prefill.floor.seconds / self.prefill.tokens
 
     def to_json(self) -> dict[str, Any]:
@@ -236,7 +238,8 @@ def _memory_misfits(setup: Setup, ranks: tuple[RankCapacity, ...]) -> list[str]:
     for rank in ranks:
         memory = rank.memory
         if memory.weights.total + memory.reserve > setup.rank_memory:
-            need, have = size_text(memory.weights.total), size_text(setup.rank_memory)
+            need = size_text(memory.weights.total)
+            have = size_text(setup.rank_memory)
             return [f"weights: {need} on a rank that has {have}; {_more_ranks(setup)}"]
         if not memory.num_pages:
             page = f"{rank.page_bytes} bytes ({setup.page_size} tokens)"

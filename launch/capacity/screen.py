@@ -34,7 +34,7 @@ def show_plan(plan: CapacityPlan, title: str, console: Console) -> None:
 
 
 def table_of(title: str, *columns: str) -> Table:
-    """An empty table: the first column for words, the others for figures."""
+    """An empty table: the first column for text, the others for figures."""
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", overflow="fold")
@@ -78,7 +78,7 @@ def _capacity_table(plan: CapacityPlan) -> Table:
     )
     table.add_row("longest context", f"{plan.longest_context:,}", "")
     if plan.setup.mesh.data > 1:
-        table.add_row("data indices that the others outlive", "", str(plan.setup.spare_data))
+        table.add_row("data indices whose loss the others survive", "", str(plan.setup.spare_data))
     return table
 
 

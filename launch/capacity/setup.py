@@ -78,8 +78,8 @@ class Setup:
 
     @property
     def spare_data(self) -> int:
-        """Data indices without which the others go on, until those are replaced: they have slots
-        for every expert. 0 where every loss is waited for.
+        """Data indices that may be lost while the others go on, as these have slots for every
+        expert. 0: serving waits for every replacement.
         """
         restarts = self.hardware.device == "cuda" and self.dispatch in ONE_EPOCH
         if restarts or not self.survivors or self.mesh.shares_dense:
@@ -97,8 +97,8 @@ class Setup:
         return stored_bytes(self.shape.expert_params, self.expert_weights)
 
     def layer_format(self, *cuts: int) -> str:
-        """How linear layers are held whose matrices are cut or stacked after so many rows or
-        columns: in FP8 if those are whole blocks.
+        """The format of linear layers whose matrices are cut or stacked after so many rows or
+        columns: FP8 if these are whole blocks.
         """
         return self.dtype if any(cut % BLOCK for cut in cuts) else self.weights
 

@@ -34,7 +34,7 @@ class CanaryPrompt(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
 
 
 class Alternative(msgspec.Struct, array_like=True):
-    """A token that might have been chosen, as text."""
+    """An alternative to the chosen token, as text."""
 
     token: str
     logprob: float
@@ -102,7 +102,7 @@ def read_prompts(path: Path) -> list[CanaryPrompt]:
         if (prompt.prompt is None) == (prompt.messages is None):
             raise AnswersError(f"{where}: should have one of prompt (text) and messages (a conversation)")
         if any(other.name == prompt.name for other in found):
-            raise AnswersError(f"{where}: name = {prompt.name!r}: stands twice; should be unique")
+            raise AnswersError(f"{where}: name = {prompt.name!r}: duplicate name; names must be unique")
         found.append(prompt)
     if not 1 <= len(found) <= _MOST:
         raise AnswersError(f"--prompts {path}: holds {len(found)} prompts; should be 1 to {_MOST:,}")
@@ -127,7 +127,7 @@ def read_answers(path: Path) -> AnswersFile:
 
 
 def check_writable(path: Path) -> None:
-    """Raises AnswersError if a file could not be written: better before the server is asked."""
+    """Raises AnswersError if a file cannot be written; called before any request."""
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise AnswersError(f"--save {path}: cannot be written; should be a file in a folder that exists")
 

@@ -94,7 +94,7 @@ def worst(compared: Iterable[Comparison]) -> bool:
 
 
 def _distance(before: float, now: float) -> float:
-    """Infinite where one is no number."""
+    """Absolute difference; infinite if either value is no number."""
     distance = abs(before - now)
     return math.inf if math.isnan(distance) else distance
 
@@ -110,7 +110,7 @@ def _fork(position: int, before: AnsweredToken | None, now: AnsweredToken | None
 
 
 def _gap(chosen: AnsweredToken, other: AnsweredToken) -> float | None:
-    """Alternatives are known by text: of two tokens with one text, neither is."""
+    """The gap between two tokens, by their texts; None if these are equal or one is unknown."""
     if chosen.token == other.token:
         return None
     known = {each.token: each.logprob for each in chosen.alternatives}

@@ -32,13 +32,13 @@ async def vocabulary_size(server: Server) -> int:
     found = await ask_json(server, "GET", "/tokenizer_info")
     size = found.get("vocab_size") if isinstance(found, dict) else None
     if not isinstance(size, int) or size < 1:
-        raise ServerError("no vocabulary", f"{server.url}: /tokenizer_info tells no vocab_size")
+        raise ServerError("no vocabulary", f"{server.url}: /tokenizer_info has no vocab_size")
     return size
 
 
 class Load:
-    """Sends the requests of a trace. At most ``most`` are open; one that is due then leaves later,
-    which the record tells.
+    """Sends the requests of a trace. At most ``most`` are open; further ones are sent later, which
+    the record shows.
     """
 
     def __init__(self, target: Target, trace: Trace, most: int) -> None:
@@ -88,7 +88,9 @@ class Load:
         target, request, record = self._target, self._trace.requests[number], self.record
         body = request_body(self._trace, number, target.model, target.vocab_size)
         record.begin(request.seconds, self._now())
-        events, usage, count = EventReader(), StreamUsage(), 0
+        events = EventReader()
+        usage = StreamUsage()
+        count = 0
         first = last = 0.0
         async with ask(target.server, "POST", "/v1/completions", body) as answer:
             async for part in answer.parts():

@@ -35,9 +35,9 @@ class LoadReport:
 
     ``seconds``: from the first arrival to the last token. ``time_to_first_token`` counts from the
     moment at which a request should have been sent; ``lateness``: from there until it was.
-    ``token_rate``: tokens per second of a request behind its first token, so its p99 is of the
-    quickest. ``input_tokens``: of prompts whose answer has begun; ``cached_tokens``: those of
-    ``measured_input_tokens``, the prompts of finished requests, that a cache had.
+    ``token_rate``: tokens per second of a request after its first token; its p99 is that of the
+    fastest. ``input_tokens``: of prompts whose answer has begun; ``cached_tokens``: cached ones
+    among ``measured_input_tokens``, the prompts of finished requests.
     """
 
     trace: str
@@ -74,7 +74,9 @@ class LoadRecord:
         self.examples: dict[str, str] = {}
         self.gaps = GapCounts()
         self.input_tokens = self.output_tokens = self.measured_input_tokens = self.cached_tokens = 0
-        self._first, self._rates, self._late = array("d"), array("d"), array("d")
+        self._first = array("d")
+        self._rates = array("d")
+        self._late = array("d")
         self._last = 0.0
 
     @property

@@ -15,7 +15,7 @@ from .status_line import StatusLine
 
 
 class LoadProgress:
-    """Shows how far a trace has got."""
+    """Shows the progress of a trace."""
 
     def __init__(self, console: Console) -> None:
         self._line = StatusLine(console)

@@ -24,7 +24,7 @@ class AddressError(ValueError):
 
 
 class ServerError(Exception):
-    """No answer that can be used. ``kind``: a few words for counting such errors.
+    """A missing or unusable answer. ``kind``: a short label for counting such errors.
 
     ``status``: of HTTP; 0 without one.
     """

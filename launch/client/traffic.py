@@ -1,4 +1,4 @@
-"""The requests of a trace as a server takes them: tokens, with the prefixes they share."""
+"""The requests of a trace as bodies for a server: tokens, with shared prefixes."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class StreamEvent(msgspec.Struct):
 
     @property
     def says_more(self) -> bool:
-        """Whether it is more than the mark of an end. Its text may be empty: tokens of a character
-        that is not whole yet.
+        """Whether it has content or a usage, not only an end mark. Its text may be empty: tokens of
+        an incomplete character.
         """
         return any(choice.text or choice.token_ids or not choice.finish_reason for choice in self.choices)
 

@@ -31,8 +31,8 @@ class Task:
     on its standard input.
 
     ``node``: number of its group of ranks; None: the launcher's machine. ``num_gpus``: 0 or 1.
-    ``module``: the Python module to run. ``imports``: by whom it is forked; None: it starts in an
-    interpreter of its own.
+    ``module``: the Python module to run. ``imports``: those of the fork server that starts it;
+    None: it starts in an interpreter of its own.
     """
 
     role: str
@@ -77,12 +77,12 @@ class Death:
 
     @property
     def killed(self) -> bool:
-        """Ended by a signal, or lost with others."""
+        """Whether a signal ended it, or it was lost with others."""
         return self.code is None or self.code < 0
 
     @property
     def spent(self) -> bool:
-        """Ended because another rank was lost, whose exchange it cannot leave."""
+        """Whether it ended because another rank was lost whose exchange it cannot leave."""
         return self.code == SPENT_STATUS
 
     @property
@@ -113,7 +113,7 @@ class Cluster(Protocol):
     gpus_per_node: int
 
     def prepare(self, imports: Imports) -> None:
-        """Begins to import what tasks will need, on every node of ranks."""
+        """Starts importing the tasks' modules on every node of ranks."""
         ...
 
     def start(self, tasks: Sequence[Task]) -> None:
@@ -143,5 +143,5 @@ class Cluster(Protocol):
         ...
 
     def close(self) -> None:
-        """Kills what still runs, waits until it is gone, and releases everything."""
+        """Kills all remaining processes, waits for their ends, and releases everything."""
         ...

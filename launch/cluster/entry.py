@@ -46,7 +46,9 @@ def leave_with_parent(parent: int) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The error for people: its text, with its type unless it is a ValueError or OSError."""
+    """The error as one line for users: its text, with its type unless it is a ValueError or
+    OSError.
+    """
     text = " ".join(str(error).split())
     if text and isinstance(error, ValueError | OSError):
         return text
@@ -95,7 +97,7 @@ def run(role: str, index: int, parent: int, read_spec: Callable[[], bytes]) -> N
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # teardown can hang on threads of a communicator whose peers are gone
+    os._exit(code)  # teardown can hang in threads of a communicator whose peers are gone
 
 
 def status_of(leave: SystemExit) -> int:

@@ -1,12 +1,12 @@
-"""The fork server: has imported what the ranks of a host need, and forks them.
+"""The fork server: imports the modules of a host's ranks once, and forks the ranks.
 
-PyTorch and the rest take a second or two of CPU time to import. Ranks that share this start in a
-few milliseconds, a replacement too, and share the memory of what was imported. Nothing but imports
-runs here, so that a fork finds no device, no communicator and no thread that holds a lock. No
-garbage is collected either: next to all of it stays.
+PyTorch and the rest take a second or two of CPU time to import. Forked ranks, replacements too,
+start in a few milliseconds and share the memory of these modules. Nothing but imports runs here, so
+that a fork finds no device, no communicator and no thread that holds a lock. No garbage is
+collected either: next to all of it stays.
 
 ``python -m lockstep.launch.cluster.fork_server MODULE PARENT_PID`` imports MODULE; standard input
-is a Unix socket on which requests come and news go. Its ranks end with it.
+is a Unix socket for requests and reports. Its ranks end with it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ForkTask(msgspec.Struct, tag=True):
 
 
 class Release(msgspec.Struct, tag=True):
-    """The end of ``pid`` is known: the system may give its id to another process."""
+    """Acknowledges the end of ``pid``: the system may reuse its id."""
 
     pid: int
 
@@ -77,17 +77,17 @@ _requests = msgspec.msgpack.Decoder(ForkTask | Release)
 
 
 class _Server:
-    """``line`` leads to the launcher, or to the actor that stands for it on this host."""
+    """``line`` connects to the launcher, or to its actor on this host."""
 
     def __init__(self, line: Connection) -> None:
         self._line = line
-        self._running: dict[int, int] = {}  # request by pid, of processes whose end was not told
+        self._running: dict[int, int] = {}  # request by pid, of processes whose end was not reported
         self._woken, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
     def serve(self) -> NoReturn:
-        """Until the other end of the line closes."""
+        """Serves until the other end of the line closes."""
         while True:
             ready, _, _ = select.select([self._line.fileno(), self._woken], [], [])
             if self._woken in ready:
@@ -136,7 +136,8 @@ class _Server:
             self._line.close()
             for descriptor in (self._woken, self._waker):
                 os.close(descriptor)
-            nothing, log = os.open(os.devnull, os.O_RDONLY), open_log(Path(request.log))
+            nothing = os.open(os.devnull, os.O_RDONLY)
+            log = open_log(Path(request.log))
             for source, target in ((nothing, 0), (log, 1), (log, 2)):
                 os.dup2(source, target)
             os.close(nothing)
@@ -163,7 +164,8 @@ def main() -> NoReturn:
     leave_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
     log_to_stderr("fork-server")
-    line, begin = Connection(os.dup(0)), time.monotonic()
+    line = Connection(os.dup(0))
+    begin = time.monotonic()
     gc.disable()
     importlib.import_module(module)
     _LOG.info("has imported %s in %.1f s, with process id %d", module, time.monotonic() - begin, os.getpid())

@@ -1,4 +1,4 @@
-"""The side of a fork server that asks: starts it, has processes forked, hears of their ends."""
+"""The client of a fork server: starts it, has processes forked, and learns of their ends."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Forks:
         self._settings = {**settings, **imports.environment}
         self._log = log_dir / f"fork-server-{socket.gethostname()}.log"  # hosts may share the folder
         self._numbers = itertools.count()
-        self._processes: dict[int, Process] = {}  # that have not ended, by the number of the request
+        self._processes: dict[int, Process] = {}  # running processes, by the number of the request
         self._lock = threading.Lock()
         self._sending = threading.Lock()
         ours, self._theirs = socket.socketpair()
@@ -47,8 +47,8 @@ class Forks:
         threading.Thread(target=self._run, name="fork server", daemon=True).start()
 
     def start(self, task: Task, settings: Mapping[str, str], process: Process) -> None:
-        """Has ``task`` started with ``settings`` in its environment. May block until the server has
-        done its imports.
+        """Starts ``task`` with ``settings`` in its environment. May block until the server has done
+        its imports.
         """
         number = next(self._numbers)
         with self._lock:
@@ -93,7 +93,7 @@ class Forks:
             self._lose()
 
     def _listen(self) -> None:
-        """Until the server has ended."""
+        """Takes reports until the server has ended."""
         while True:
             try:
                 news = _news.decode(self._line.recv_bytes())
@@ -111,11 +111,11 @@ class Forks:
                 process.end(news.code, functools.partial(self._release, process.started.result()))
 
     def _release(self, pid: int) -> None:
-        with contextlib.suppress(OSError):  # the server has ended, and the system knows
+        with contextlib.suppress(OSError):  # the server has ended and was reaped
             self._send(Release(pid))
 
     def _lose(self) -> None:
-        """The server has ended, and the kernel kills what it has forked."""
+        """Reports the server's processes as lost: it has ended, so the kernel kills them."""
         with self._lock:
             lost = list(self._processes.values())
             self._processes.clear()

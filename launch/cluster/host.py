@@ -26,7 +26,7 @@ class Host:
         self._processes: list[Process] = []
 
     def start(self, task: Task) -> Process:
-        """Returns at once; the process says when it has started."""
+        """Starts a process and returns at once; the process reports when it has started."""
         process = Process(task, self._log_dir)
         self._processes = [other for other in self._processes if not other.ended.done()]
         self._processes.append(process)
@@ -36,7 +36,7 @@ class Host:
         return process
 
     def prepare(self, imports: Imports) -> Forks:
-        """Begins to import what tasks will need."""
+        """Starts importing the tasks' modules."""
         if self._forks is None or self._forks.ended.is_set():
             self._forks = Forks(imports, self._settings, self._log_dir)
         return self._forks

@@ -1,4 +1,4 @@
-"""A process of a cluster, as the one that started it sees it: its id, its end, its log."""
+"""A process of a cluster as seen by its parent: its id, its end, its log."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Process:
         self.started.set_exception(error)
 
     def lose(self, lost_with: str) -> None:
-        """It is killed since that was lost on which it depends."""
+        """Notes that it is being killed because something that it depends on was lost."""
         self.lost_with = lost_with
         self.end(-signal.SIGKILL, lambda: None)
 
     def end(self, code: int, release: Callable[[], object]) -> None:
-        """It has ended with ``code``. Until ``release`` has been called nobody else gets its id."""
+        """Notes its end with ``code``. Its id is not reused until ``release``."""
         with self._lock:
             self.ended.set_result(code)
             release()
@@ -70,7 +70,7 @@ class Process:
 
 def exit_status(pid: int, *, wait: bool = True) -> int | None:
     """The exit status of a child, negative for a signal; None while it runs, unless to ``wait``.
-    The child is not released: nobody else gets its id.
+    The child is not reaped, so its id is not reused.
     """
     found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | (0 if wait else os.WNOHANG))
     if found is None:

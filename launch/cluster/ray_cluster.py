@@ -124,12 +124,14 @@ class RayCluster:
                 self._hold(task, task.node, attempts=1)
 
     def _hold(self, task: Task, node: int, attempts: int) -> None:
-        actor, number = self._host_in(self._rooms.of_ranks[node]), next(self._numbers)
-        placed, ended = actor.start.remote(number, task), actor.wait.remote(number)
+        actor = self._host_in(self._rooms.of_ranks[node])
+        number = next(self._numbers)
+        placed = actor.start.remote(number, task)
+        ended = actor.wait.remote(number)
         self._held[task.name] = _Held(task, node, actor, number, placed, ended, attempts)
 
     def _host_in(self, room: Room) -> Any:
-        """The actor that holds the ranks of a room; it has all of the room's GPUs."""
+        """The actor of a room's ranks; it has all of the room's GPUs."""
         if room not in self._hosts:
             share = self._rooms.share
             strategy = PlacementGroupSchedulingStrategy(
@@ -179,7 +181,7 @@ class RayCluster:
         """Reads the places of processes that had to wait for a node."""
         for held in self._held.values():
             if held.place is NOWHERE and ray.wait([held.placed], timeout=0)[0]:
-                with contextlib.suppress(RayError):  # its death says so
+                with contextlib.suppress(RayError):  # its death will report it
                     held.place = ray.get(held.placed)
 
     def deaths(self) -> list[Death]:
@@ -221,7 +223,7 @@ class RayCluster:
         return Death(held.task, held.place, code, tail, lost_with)
 
     def _drop(self, actor: Any) -> None:
-        """An actor is lost; the next process in its room gets another."""
+        """Drops a lost actor; the next process in its room gets another."""
         for room in [room for room, host in self._hosts.items() if host is actor]:
             del self._hosts[room]
             ray.kill(actor)

@@ -44,8 +44,8 @@ class RayHost:
         return Place(socket.gethostname(), process.started.result(), str(process.log), *self._identity)
 
     def wait(self, number: int) -> tuple[int, str, str]:
-        """Blocks until the process ends; returns its exit status, the last lines it wrote, and with
-        what it was lost, as in ``Death``.
+        """Blocks until the process ends; returns its exit status, the last lines it wrote, and
+        ``lost_with`` as in ``Death``.
         """
         process = self._of(number).result()
         return process.ended.result(), process.tail(), process.lost_with

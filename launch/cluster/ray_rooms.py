@@ -21,7 +21,7 @@ from .cluster import LaunchError
 from .ray_session import Node, RaySession
 
 _RETRY = 0.2
-_ROOM_SECONDS = 2.0  # for Ray to find a node with room, while the launcher does nothing else
+_ROOM_SECONDS = 2.0  # in which Ray must find a node with room while the launcher waits
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Rooms:
         return LaunchError(f"Ray found no room for {what} in {self._deadline:g} s; {self.free()}")
 
     def free(self) -> str:
-        """The resources of the nodes and those that are free, for people."""
+        """The resources of the nodes and the free ones, as text."""
         nodes = ", ".join(
             f"{node}: {node.cpus:g} CPU" + (f", {node.gpus} GPU" if node.gpus else "")
             for node in self._session.nodes()
@@ -145,11 +145,11 @@ class Rooms:
 
     @property
     def size(self) -> str:
-        """The resources of the room of a node's ranks, for people."""
+        """The resources of the room of a node's ranks, as text."""
         return _text(self.share)
 
     def is_found(self, room: Room) -> bool:
-        """Whether it is on a node."""
+        """Whether Ray has found a node for it."""
         return str(placement_group_table(room.group)["state"]) == "CREATED"
 
     def leave_node(self, node: int) -> str:
@@ -184,7 +184,7 @@ class Rooms:
         self.of_ranks[node] = Room(group, 0)
 
     def lose(self, node: int) -> None:
-        """The node of a group of ranks is lost. Ray finds another for a bundle that was spread; one
+        """Handles the loss of a group's node. Ray finds another for a bundle that was spread; one
         that has left its first node may now share any other.
         """
         room = self.of_ranks[node]

@@ -1,4 +1,4 @@
-"""A connection to a Ray cluster: one that this launcher starts on its machine, or one it joins."""
+"""A connection to a Ray cluster that this launcher starts on its machine, or joins."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ class RaySession:
         self._check_doors(address)
 
     def _check_doors(self, address: str | None) -> None:
-        """Refuses a Ray that others can reach without proving that they may.
+        """Refuses a Ray that others can reach without authentication.
 
-        They could start processes, and read the keys of the run. One for this machine alone has no
-        business outside the loopback at all.
+        They could start processes, and read the keys of the run. One for this machine alone must
+        listen only on the loopback.
         """
         if ipaddress.ip_address(self.here.address).is_loopback:
             return

@@ -75,7 +75,7 @@ def reap(mark: str, patience: float) -> None:
 
 
 def main() -> None:
-    """Waits for the launcher's end of the pipe to close."""
+    """Waits until the launcher's end of the pipe closes, then reaps."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     folders = sys.stdin.buffer.read().splitlines()

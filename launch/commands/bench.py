@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..client.server import Server
 
 _LEVELS = "1,8,32"
-_MOST_PROMPT_TOKENS = 1 << 28  # of a round; they are drawn before it begins
+_MOST_PROMPT_TOKENS = 1 << 28  # per round; drawn before it begins
 _MOST_IN_FLIGHT, _MOST_PER_SECOND, _MOST_LEVELS = 10_000, 100_000.0, 20
 
 _Url = typer.Option("--url", metavar="URL", help="Server to measure, such as http://127.0.0.1:8000.")
@@ -55,7 +55,7 @@ _Output = typer.Option("--output", min=1, max=1 << 24, help="Tokens of each answ
 _Shared = typer.Option(
     min=0.0, max=1.0, help="Share of a prompt that all prompts of a round begin with; the rest is random."
 )
-_Seed = typer.Option(min=0, help="Of prompts and arrivals.")
+_Seed = typer.Option(min=0, help="Seed of prompts and arrivals.")
 _Other = typer.Option("--against", metavar="URL", help="Another server, to compare with in the same run.")
 _OtherKey = typer.Option(metavar="NAME", help="Environment variable with that server's API key.")
 _OtherModel = typer.Option(help="Model to ask that server. Default: the first listed.")
@@ -63,9 +63,9 @@ _Recipe = typer.Option(
     "--recipe", "-r", help="Recipe that --url serves: shows the limit of its model and hardware."
 )
 _Vocab = typer.Option(
-    min=2, max=1 << 24, help="Prompts are token ids below this. Default: the vocabulary that servers tell."
+    min=2, max=1 << 24, help="Prompts are token ids below this. Default: the vocabulary that servers report."
 )
-_Out = typer.Option("--out", "-o", metavar="FOLDER", help="Where to write rows, requests and a plot.")
+_Out = typer.Option("--out", "-o", metavar="FOLDER", help="Folder for rows, requests and a plot.")
 
 
 @app.command()
@@ -173,7 +173,7 @@ def _levels(option: str, text: str, most: float, *, whole: bool) -> list[float]:
 
 
 def _check_folder(folder: Path) -> None:
-    """Makes the folder; better before the server is asked."""
+    """Makes the folder; called before any request."""
     from ..bench.plot import can_draw
     from ..bench.report import ROWS
 
@@ -227,7 +227,7 @@ async def _measure(
     if planned is not None and planned.model != endpoints[0].model:
         raise refusal(  # the limit of another model would mislead
             f"--recipe: its model is {planned.model}, {endpoints[0].url} serves {endpoints[0].model}; "
-            f"model.served_name={endpoints[0].model} says that they are the same"
+            f"model.served_name={endpoints[0].model} declares them the same"
         )
     longest = workload.input + workload.output
     for endpoint in endpoints:
@@ -257,15 +257,15 @@ def _announce(endpoints: Sequence[Endpoint], workload: Workload) -> None:
 
 
 def _vocab_size(endpoints: Sequence[Endpoint], given: int | None) -> int:
-    """Ids that every server knows, as far as they tell."""
+    """The smallest vocabulary that the servers report."""
     told = [endpoint.vocab_size for endpoint in endpoints if endpoint.vocab_size is not None]
     silent = " and ".join(endpoint.url for endpoint in endpoints if endpoint.vocab_size is None)
     if given is not None:
         return given
     if not told:
-        raise refusal(f"--vocab: missing, and {silent} does not tell the vocabulary at /tokenizer_info")
+        raise refusal(f"--vocab: missing, and {silent} does not report its vocabulary at /tokenizer_info")
     if silent:
-        text = f"{silent} tells no vocabulary; prompts use ids below {min(told):,} there too (--vocab)"
+        text = f"{silent} reports no vocabulary; prompts use ids below {min(told):,} there too (--vocab)"
         messages().print(text, markup=False)
     return min(told)
 
@@ -277,7 +277,7 @@ def _about_limit(planned: _Planned | None) -> str:
 
 
 def _allow_sockets() -> None:
-    """As many as the system allows: each request has one."""
+    """Raises the limit of open files as far as allowed: each request has a socket."""
     import resource
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -25,8 +25,7 @@ _Prompts = typer.Option(
 _MaxTokens = typer.Option(min=1, max=4096, help="With --save: tokens of each answer.")
 _Tolerance = typer.Option(
     min=0.0,
-    help="Log-probabilities that differ by no more are equal, and two tokens that are no further apart are "
-    "a near tie.",
+    help="Log-probabilities within this distance count as equal, and two tokens within it as a near tie.",
 )
 
 
@@ -92,7 +91,7 @@ async def _save(
 
 
 async def _compare(server: Server, before: AnswersFile, tolerance: float, wanted: str | None) -> bool:
-    """Prints the comparison, as far as it got; returns whether answers differ."""
+    """Prints the comparison of the prompts answered so far; returns whether answers differ."""
     from ..client.canary import ask_canary, server_version
     from ..client.canary_screen import show_comparisons
     from ..client.comparison import compare, worst

@@ -44,7 +44,7 @@ _Open = typer.Option(
     "--max-open", min=1, max=100_000, help="Requests that may be open; others that are due leave later."
 )
 _Recipe = typer.Option("--recipe", "-r", help="Simulate the trace on this recipe too, and show both.")
-_Efficiency = typer.Option(min=0.01, max=1.0, help="As of launch simulate.")
+_Efficiency = typer.Option(min=0.01, max=1.0, help="Same as for launch simulate.")
 
 
 @app.command()
@@ -113,7 +113,8 @@ async def _measure(server: Server, trace: Trace, max_open: int, wanted: str | No
 
     model = str((await served_model(server, wanted))["id"])
     target = Target(server, model, await vocabulary_size(server))
-    made, screen = Load(target, trace, max_open), LoadProgress(messages())
+    made = Load(target, trace, max_open)
+    screen = LoadProgress(messages())
     try:
         with stop_event() as stop:
             complete = await made.run(stop, screen.show)

@@ -1,4 +1,4 @@
-"""Options that several commands share, and their answer to a recipe that cannot be used."""
+"""Options that several commands share, and their errors for an unusable recipe."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Silence = Annotated[
     ),
 ]
 
-# Of commands that read a trace.
+# Options of commands that read a trace.
 ArrivalSpeed = Annotated[
     float, typer.Option("--speed", min=1e-6, max=1e6, help="Factor by which requests arrive faster.")
 ]

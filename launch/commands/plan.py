@@ -1,4 +1,4 @@
-"""``launch plan``: what a recipe needs and can do. Starts nothing."""
+"""``launch plan``: a recipe's memory, capacity and limits. Starts nothing."""
 
 from __future__ import annotations
 

@@ -103,7 +103,8 @@ def _run(
     from ..simulation.simulate import simulate_plan
     from ..terminal.interrupts import Interrupts
 
-    interrupts, screen = Interrupts(), ProgressScreen(messages())
+    interrupts = Interrupts()
+    screen = ProgressScreen(messages())
     interrupts.install()
 
     def stop_after(progress: Progress) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _PATIENCE = 30.0  # seconds beyond those of the steps, until the server says something
 
 _Url = typer.Option("--url", metavar="URL", help="Server, such as http://127.0.0.1:8000.")
-_Out = typer.Option("--out", "-o", metavar="FILE", help="Where to write the trace, as JSON.")
+_Out = typer.Option("--out", "-o", metavar="FILE", help="File for the trace, as JSON.")
 _Key = typer.Option(metavar="NAME", help="Environment variable with the recipe's frontend.admin_key.")
 
 
@@ -27,7 +27,7 @@ def timeline(
     out: Annotated[Path, _Out],
     steps: Annotated[int, typer.Option(min=1, max=512, help="Steps to record.")] = 64,
     seconds: Annotated[
-        float, typer.Option(min=0.1, max=60.0, help="Seconds in which they are to be planned.")
+        float, typer.Option(min=0.1, max=60.0, help="Seconds within which the steps must be planned.")
     ] = 10.0,
     admin_key_env: Annotated[str | None, _Key] = None,
 ) -> None:
@@ -66,7 +66,7 @@ async def _ask(server: Server, steps: int, seconds: float) -> bytes:
 
 
 def _told(out: Path, trace: bytes, asked: int) -> int:
-    """Prints a line about a trace; returns the exit status."""
+    """Prints a summary of a trace; returns the exit status."""
     import msgspec
 
     document = msgspec.json.decode(trace)

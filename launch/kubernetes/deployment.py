@@ -13,7 +13,7 @@ from ..recipe.hardware import load_hardware
 from ..recipe.model_folder import model_directory
 from ..recipe.recipe import Recipe, RecipeError
 
-# Seconds in which routers and kube-proxy learn that a pod ends, before it is told to drain.
+# Seconds for routers and kube-proxy to learn that a pod ends, before it gets the signal to drain.
 LEAVING_SECONDS = 5
 # Beyond cluster.drain_deadline: to stop the processes and Ray.
 STOPPING_SECONDS = 60

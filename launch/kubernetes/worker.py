@@ -2,7 +2,7 @@
 outlives a leader that drains.
 
 Usage: ``python -m lockstep.launch.kubernetes.worker wait|outlast HOST:PORT --seconds N``. Exit
-status 1 where ``wait`` finds nobody in time.
+status 1 if ``wait`` finds no leader in time.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def wait(host: str, port: int, seconds: float) -> int:
 
 
 def outlast(host: str, port: int, seconds: float, delay: float = LEAVING_SECONDS + 1.0) -> int:
-    """Returns 0 when the leader has ended; at once where it goes on serving, since then only this
-    pod ends and its ranks are replaced elsewhere. The leader begins to drain within ``delay``.
+    """Waits for the leader to end, then returns 0. Returns at once if the leader keeps serving:
+    then only this pod stops, and its ranks are replaced elsewhere. The leader begins to drain
+    within ``delay`` seconds.
     """
     end = time.monotonic() + seconds
     time.sleep(delay)

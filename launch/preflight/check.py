@@ -169,7 +169,7 @@ def _records(recipe: Recipe) -> list[Finding]:
 
 
 def _recording(recipe: Recipe) -> list[Finding]:
-    """A recording that is a folder. Whether the folder is writable is one of the questions."""
+    """Refuses a folder as the recording. Probes check whether its folder is writable."""
     if recipe.recording is None or not Path(recipe.recording).expanduser().is_dir():
         return []
     text = f"recording = {recipe.recording}: is a directory"

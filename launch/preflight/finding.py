@@ -1,4 +1,4 @@
-"""A finding of a check: a problem or a passed check, its node, and what to do about it."""
+"""A finding of a check: a problem or a passed check, its node, and the remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FINE, ERRORS, WARNINGS = 0, 1, 3  # exit status; 2 is a bad recipe or usage
 
 class Finding(msgspec.Struct, frozen=True):
     """``subject``: the thing checked. ``where``: a node, a pair of nodes, or empty for all.
-    ``todo``: what to do about a problem.
+    ``todo``: the remedy for a problem.
     """
 
     level: Level

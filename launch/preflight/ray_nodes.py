@@ -74,7 +74,9 @@ class RayNodes:
         return [Clock(str(node), ahead, doubt) for node, (doubt, ahead) in best.items()]
 
     def links(self) -> list[Link]:
-        """Every node calls every other; then in round k each sends to the k-th node after it."""
+        """Measures links: every node calls every other; then in round k each sends to the k-th node
+        after it.
+        """
         ports = self._each("a port to listen on", lambda node, prober: prober.listen.remote(), ANSWER_SECONDS)
         peers = [(node, Peer(str(node), node.address, port)) for node, port in ports.items()]
 

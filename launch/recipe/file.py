@@ -124,7 +124,7 @@ def _parse_yaml(text: bytes | str, source: str) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         kind = type(data).__name__
-        raise RecipeError(f"{source}: should be sections with keys (model:, cluster:, ...), is a {kind}")
+        raise RecipeError(f"{source}: expected sections with keys (model:, cluster:, ...), got a {kind}")
     return data
 
 

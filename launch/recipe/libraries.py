@@ -1,5 +1,5 @@
-"""Settings of ``kernels`` under which no step would be the library's that they name: a line for
-each contradiction, with both values. Cards are not known here; ranks log what theirs lacks.
+"""Settings of ``kernels`` under which the named library would compute no step: a line for each
+contradiction, with both values. GPUs are not known here; ranks log what theirs lacks.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from .recipe import Recipe
 
 
 def model_directory(recipe: Recipe, folder: Path) -> Path:
-    """The folder that is served from: the checkpoint's, or with random weights the description's.
+    """The folder of the served model: the checkpoint's, or with random weights the description's.
     ``folder`` is the recipe file's.
     """
     is_random = recipe.model.weights == "random"
@@ -17,7 +17,7 @@ def model_directory(recipe: Recipe, folder: Path) -> Path:
 
 
 def description_folder(recipe: Recipe, folder: Path) -> Path:
-    """The folder of the description: the model's, or ``model.config`` while that is missing."""
+    """The folder of the description: the model's, or ``model.config`` if that is missing."""
     path = _path(recipe, folder)
     if recipe.model.config is None or description_file(path).is_file():
         return path

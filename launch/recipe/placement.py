@@ -1,5 +1,5 @@
-"""The placement of experts that a recipe starts with. It needs numpy, so commands that only plan
-leave it alone.
+"""The placement of experts that a recipe starts with. It needs numpy, so commands that only plan do
+not import it.
 """
 
 from __future__ import annotations

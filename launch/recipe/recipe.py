@@ -62,7 +62,7 @@ class ClusterSection(RecipeSection):
         default=None, ge=1, description="CPU threads per rank; auto: the node's cores divided by its ranks"
     )
     isa: Literal["auto", "avx512_bf16", "avx512", "avx2"] = Field(
-        default="auto", description="the most that ranks on x86 CPUs compute with"
+        default="auto", description="highest instruction set that ranks on x86 CPUs use"
     )
     address: str | None = Field(
         default=None, description="Ray cluster to join; default: a new one on this machine"
@@ -87,7 +87,7 @@ class ClusterSection(RecipeSection):
     pause_deadline: float = Field(
         default=120.0,
         gt=0,
-        description="seconds that requests wait for a controller that stands still, before the run ends",
+        description="seconds that requests wait for an unresponsive controller before the run ends",
     )
 
 
@@ -123,11 +123,12 @@ class KvCacheSection(RecipeSection):
     )
     events: Annotated[str, BeforeValidator(switch), AfterValidator(endpoint)] = Field(
         default="off",
-        description="tell routers such as llm-d and Dynamo which blocks are cached, in vLLM's wire format: "
+        description="publish cached blocks to routers such as llm-d and Dynamo, in vLLM's wire format: "
         "an address to listen on such as tcp://10.0.0.5:5557 or tcp://*:5557; open to all who reach it",
     )
     events_replay: Annotated[str, BeforeValidator(switch), AfterValidator(endpoint)] = Field(
-        default="off", description="address where missed events are asked for, such as tcp://10.0.0.5:5558"
+        default="off",
+        description="address at which routers ask for missed events, such as tcp://10.0.0.5:5558",
     )
     events_topic: str = Field(
         default="", max_length=256, description="topic of the events; llm-d reads kv@POD@MODEL"
@@ -335,7 +336,7 @@ def contradictions(recipe: Recipe) -> list[str]:
 
 
 def _single_ranks(recipe: Recipe) -> tuple[tuple[bool, str], ...]:
-    """Settings of an exchange that there is not, where a stage has one rank."""
+    """Settings of the exchange, which a stage of one rank does not have."""
     single = recipe.world == recipe.parallel.pipeline
     nothing = "a stage has one rank, which exchanges no tokens"
     return (

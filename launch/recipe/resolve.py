@@ -21,8 +21,9 @@ _LINKED_TOP_K, _MOST_LINKED = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18, 22), 256
 """Choices of a token and ranks for which FlashInfer 0.7.4 has an exchange over NVLink."""
 
 PROMPT_SHARE = 1 / 3
-"""Share of the time that prompts get where decoding alone exceeds ``scheduler.inter_token_target``:
-a prompt takes a few times as long as it would alone, and tokens come half as slowly again."""
+"""Share of the time that prompts get if decoding alone exceeds ``scheduler.inter_token_target``: a
+prompt then takes a few times as long as alone, and tokens take half as long again.
+"""
 
 
 class ModelFacts(Protocol):
@@ -86,7 +87,7 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
 
 
 def _followers(config: ModelFacts) -> int:
-    """The layers that look at what the indexer of a layer before them chose."""
+    """The layers that use the positions chosen by the indexer of an earlier layer."""
     attention = config.attention
     indexer = attention.indexer if isinstance(attention, MlaConfig) else None
     return 0 if indexer is None else len(indexer.followers)
@@ -253,12 +254,12 @@ def dispatch_of(recipe: Recipe, device: str) -> str:
 
 
 def balances(recipe: Recipe) -> bool:
-    """Whether experts move by load: where several ranks share them, unless that is off."""
+    """Whether experts move by load: if several ranks share them, unless that is off."""
     return recipe.experts.balance != "off" and recipe.mesh.experts > 1
 
 
 def kv_events_spec(recipe: Recipe) -> KVEventsSpec | None:
-    """The addresses where changes of the block index are told; None for none."""
+    """Addresses that publish KV cache events; None if disabled."""
     kv = recipe.kv_cache
     if kv.events == "off":
         return None

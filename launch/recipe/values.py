@@ -59,7 +59,7 @@ def _size_or_auto(value: object) -> object:
 
 
 def origins(allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuses what no browser would send as the origin of a page."""
+    """Refuses values that no browser sends as the origin of a page."""
     for origin in allowed:
         if origin not in ("*", "null", "localhost") and not _ORIGIN.fullmatch(origin):
             raise ValueError(
@@ -67,7 +67,7 @@ def origins(allowed: tuple[str, ...]) -> tuple[str, ...]:
                 'lower case, no path, no default port), or localhost, or "*"'
             )
     if "*" in allowed and len(allowed) > 1:
-        raise ValueError('"*" allows all origins and stands alone')
+        raise ValueError('"*" allows all origins and must be the only entry')
     return allowed
 
 
@@ -78,7 +78,7 @@ Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 def endpoint(value: str) -> str:
-    """Refuses what no ZeroMQ socket can be bound to without a name server."""
+    """Refuses addresses that a ZeroMQ socket cannot bind without a name server."""
     found = _ENDPOINT.fullmatch(value)
     try:
         if found is not None and 0 < int(found["port"]) < 65536 and found["host"] != "*":
@@ -93,8 +93,8 @@ def endpoint(value: str) -> str:
 
 
 def collector(value: str) -> str:
-    """Refuses what is no base URL of an OTLP collector. A key for it belongs into
-    OTEL_EXPORTER_OTLP_HEADERS, as recipes are shown.
+    """Refuses values that are no base URL of an OTLP collector. Its key belongs in
+    OTEL_EXPORTER_OTLP_HEADERS, since recipes are shown.
     """
     if value in ("off", "on") or _COLLECTOR.fullmatch(value):
         return value

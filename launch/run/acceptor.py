@@ -1,7 +1,7 @@
 """Accepts connections on the cluster's port and passes each to the frontend with the fewest.
 
-Processes that share a port leave the choice to the kernel, which spreads few connections badly. Of
-64 connections opened at once on 4 processes the fullest got 1.25 times its share in the median with
+If processes share a port, the kernel chooses, and spreads few connections unevenly. Of 64
+connections opened at once on 4 processes the fullest got 1.25 times its share in the median with
 SO_REUSEPORT (1.50 at worst), 1.88 (2.94) with one listening socket for all, and exactly its share
 here, for 7 to 38 us more CPU per connection and none per request (2 cores of an AMD EPYC, 15 runs
 each). When a frontend dies, connections that it had not taken go to the others.
@@ -26,7 +26,7 @@ from ..cluster.cluster import LaunchError
 from ..cluster.ports import bound_socket
 
 BACKLOG = 2048
-_MAX_OFFERED = 32  # untaken connections of a frontend, beyond which others get new ones
+_MAX_OFFERED = 32  # untaken connections of a frontend above which others get new ones
 _MAX_STRANGERS = 16
 _BURST = 32
 _SHORT_OF_DESCRIPTORS = 0.1
@@ -66,7 +66,7 @@ class Acceptor:
         self._selector = selectors.DefaultSelector()
         self._channels: list[_Channel] = []
         self._strangers: deque[_Channel] = deque()
-        self._untaken: deque[socket.socket] = deque()  # of frontends that have gone
+        self._untaken: deque[socket.socket] = deque()  # connections of frontends that have gone
         self._turn = 0
         self._listening = self._closing = False
         self._problem: Exception | None = None
@@ -105,7 +105,7 @@ class Acceptor:
         if self._thread.is_alive():
             self._wake.send(b"w")
         self._thread.join()
-        for part in (self._wake, self._woken):  # not the thread's: it may end before it is woken
+        for part in (self._wake, self._woken):  # owned here, since the thread may end before it is woken
             part.close()
 
     def check(self) -> None:

@@ -30,7 +30,7 @@ class Keyring:
 
     @property
     def store(self) -> tuple[str, str]:
-        """(public, secret) of the server socket of the store where ranks meet."""
+        """(public, secret) of the server socket of the ranks' store."""
         return self._store
 
     @property

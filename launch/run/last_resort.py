@@ -11,7 +11,7 @@ from types import TracebackType
 class LastResort:
     """Ends this process with status 1 if the block takes more than ``seconds``.
 
-    The reaper then ends the rest of the run.
+    The reaper then kills the rest of the run.
     """
 
     def __init__(self, seconds: float, step: str) -> None:

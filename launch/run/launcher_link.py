@@ -51,8 +51,8 @@ class LauncherLink:
         return self.state
 
     def _repeat(self) -> None:
-        """Says again, each second, anything that the last state does not show: a message is lost
-        when the controller's connection breaks. Says hello again to a controller that is silent.
+        """Repeats, each second, every message that the last state does not reflect: messages are
+        lost when the controller's connection breaks. Sends another hello to a silent controller.
         """
         now, state = time.monotonic(), self.state
         if state is None or now < self._next_repeat:
@@ -69,7 +69,7 @@ class LauncherLink:
             self._send(Degraded(self._degraded))
 
     def greet(self) -> None:
-        """Says hello to a controller that does not know the launcher yet, once it is there."""
+        """Sends a hello to a controller that does not know the launcher yet, once it runs."""
         self._send(self._hello)
 
     def drain(self, deadline: float) -> None:

@@ -15,8 +15,8 @@ suspect."""
 
 
 class Quarantine:
-    """Counts the deaths of ranks by node. Ranks that were lost with something else, and those that
-    the launcher moves, do not count; nor do those that end because another is lost.
+    """Counts the deaths of ranks by node. Ranks lost with a node or actor, ranks that the launcher
+    moves, and ranks that end because another is lost do not count.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -29,7 +29,8 @@ class Quarantine:
         ``DEATHS`` ranks died there within ``WINDOW_SECONDS``, and more than twice as many as on all
         other nodes. Its count begins anew.
         """
-        now, last = self._clock(), dict[int, Death]()
+        now = self._clock()
+        last = dict[int, Death]()
         for death in deaths:
             if death.task.node is None or death.lost_with or death.spent:
                 continue
@@ -48,5 +49,5 @@ class Quarantine:
         return [last[node] for node in suspects]
 
     def moves(self, names: Collection[str]) -> None:
-        """The launcher kills these ranks, which start again on another node."""
+        """Excludes ranks that the launcher kills to start them again on another node."""
         self._moving.update(names)

@@ -1,4 +1,6 @@
-"""The store where ranks meet for an epoch. In the launcher it outlives them."""
+"""The store in which ranks form their groups for an epoch. It runs in the launcher, so it outlives
+them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from ...engine.protocol.sockets import authenticate, keep_watch, server_socket
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A question whose keys are not all there. ``until``: monotonic seconds."""
+    """A query some of whose keys are missing. ``until``: monotonic seconds."""
 
     question: FetchValues
     until: float
@@ -91,7 +93,7 @@ class Rendezvous:
             asker, question = frames[0], self._decoder.decode(frames[-1])
             answer = self._answer(question)
         except (msgspec.DecodeError, ValueError):
-            return  # no rank of ours asks so: it gets no answer, the others go on
+            return  # malformed, so not from our ranks: no answer
         self._waiting.pop(asker, None)
         if answer is None:
             assert isinstance(question, FetchValues)
@@ -130,5 +132,5 @@ class Rendezvous:
                 self._send(asker, answer)
 
     def _send(self, asker: bytes, answer: Answer) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # it has gone
+        with contextlib.suppress(zmq.ZMQError):  # the asker has gone
             self._socket.send_multipart((asker, encode(answer)), zmq.DONTWAIT)

@@ -19,9 +19,9 @@ LONGEST_OUTAGE = 5.0  # seconds of delay where no other frontend serves
 
 @dataclass(frozen=True)
 class _Pause:
-    """Serving has stopped ``since`` then (monotonic seconds), in ``epoch``, by the last cause: the
-    loss of ``ranks``, or of the controller (None). ``excused``: seconds of it in which the
-    launcher stood still.
+    """A pause in serving ``since`` (monotonic seconds), in ``epoch``, with its last cause: the loss
+    of ``ranks``, or of the controller (None). ``excused``: seconds of it in which the launcher was
+    suspended.
     """
 
     since: float
@@ -31,7 +31,7 @@ class _Pause:
     excused: float = 0.0
 
     def is_over(self, state: ClusterState) -> bool:
-        """Another epoch serves; or the same one, which goes on without the ranks in any case."""
+        """Whether another epoch serves, or the same one serves without these ranks."""
         lost = {rank.rank for rank in state.ranks if rank.state == "lost"}
         without = self.ranks is not None and self.ranks <= lost
         return state.phase in ("serving", "draining") and (state.epoch > self.epoch or without)
@@ -53,10 +53,10 @@ class Replacements:
         self._deadline = deadline
         self._clock = clock
         self._deaths: dict[str, list[float]] = {}
-        self._due: dict[str, tuple[float, Task]] = {}  # not started yet: when, and the task
+        self._due: dict[str, tuple[float, Task]] = {}  # not started yet: start time and task
         self._pause: _Pause | None = None
         self._waiting = ""
-        self._frontends: dict[str, float] = {}  # not ready yet: since when it runs or waits to
+        self._frontends: dict[str, float] = {}  # not ready yet: since when it has run or waited
 
     def replace(self, death: Death, cause: str, *, epoch: int) -> float:
         """Starts the rank of ``death`` again. ``epoch``: the last known one. Returns the delay in
@@ -84,7 +84,9 @@ class Replacements:
         return delay
 
     def stood_still(self, seconds: float) -> None:
-        """The launcher stood still for so long, and perhaps the replacements as well."""
+        """Excuses ``seconds`` in which the launcher was suspended, and perhaps the replacements
+        too.
+        """
         if self._pause is not None:
             self._pause = replace(self._pause, excused=self._pause.excused + seconds)
         self._frontends = {name: since + seconds for name, since in self._frontends.items()}
@@ -105,7 +107,7 @@ class Replacements:
         return [name for name, since in self._frontends.items() if now - since > FRONTEND_SECONDS]
 
     def degraded(self) -> str:
-        """Names the frontends that are missing, for people; empty when none is."""
+        """Text that names the missing frontends; empty if there are none."""
         parts = []
         for name in sorted(self._frontends):
             count = len(self._recent(name))
@@ -152,8 +154,8 @@ class Replacements:
         return [at for at in self._deaths.get(name, []) if now - at < WINDOW_SECONDS]
 
     def _schedule(self, death: Death, longest: float) -> float:
-        """Notes a death and starts the task again, at once or later. Returns the delay. One that
-        ended because another was lost is none.
+        """Notes a death and starts the task again, at once or later. Returns the delay. The end of
+        a rank because another was lost is not counted as a death.
         """
         name, now = death.task.name, self._clock()
         before = self._recent(name)

@@ -59,20 +59,21 @@ class Roster:
         return f"slowest: {name} on {self.reports[name].host}"
 
     def seconds_compiling(self, names: Iterable[str]) -> float:
-        """The longest time that one of ``names`` compiled or waited for a compiler."""
+        """The longest time that any of ``names`` has compiled or waited for a compiler."""
         spans = [self._compiling[name] for name in names if name in self._compiling]
         return max((end - begin for begin, end in spans), default=0.0)
 
     def wait(
         self, names: Iterable[str], deadline: float, done: Callable[[Report], bool] | None = None
     ) -> None:
-        """Waits until every process in ``names`` is ready, or ``done`` says so of its report.
+        """Waits until every process in ``names`` is ready, or ``done`` accepts its report.
 
         Raises LaunchError when one fails, when any process of the cluster ends, or after
         ``deadline`` seconds.
         """
         finished = done or (lambda report: report.phase == "ready")
-        missing, end = set(names), time.monotonic() + deadline
+        missing = set(names)
+        end = time.monotonic() + deadline
         while missing:
             self._interrupts.check()
             self.read(_POLL)
@@ -102,8 +103,8 @@ class Roster:
         """Processes that have ended since the last call, those killed by a signal first.
 
         After a death waits briefly for its last report and for the deaths it causes: killed
-        processes usually take the others down. ``stopping``: all were told to end, so that a clean
-        exit causes nothing.
+        processes usually take the others down. ``stopping``: all processes were asked to end, so a
+        clean exit is no cause.
         """
         found = self._cluster.deaths()
         if any(death.code != 0 for death in found) if stopping else found:
@@ -112,7 +113,7 @@ class Roster:
         return sorted(found, key=lambda death: death.code is not None and death.code >= 0)
 
     def forget(self, name: str) -> None:
-        """Drops the reports of a process that is replaced, also those still to come."""
+        """Drops the reports of a process that is replaced, including late ones."""
         self._ready.pop(name, None)
         report = self.reports.pop(name, None)
         if report is not None:
@@ -123,14 +124,16 @@ class Roster:
         return {name for name, report in self.reports.items() if report.phase == "ready"}
 
     def kill_expected(self, place: Place, why: str) -> bool:
-        """The launcher kills the process at ``place``. Returns False if it has done so before."""
+        """Notes that the launcher kills the process at ``place``. Returns False if it was noted
+        before.
+        """
         key = place.host, place.pid
         new = key not in self._killed
         self._killed.setdefault(key, why)
         return new
 
     def causes(self, deaths: list[Death]) -> list[tuple[str, list[Death]]]:
-        """One line per cause, with its deaths: all that were lost together share one."""
+        """One line per cause, with its deaths: processes lost together share a line."""
         by_cause: dict[str, list[Death]] = {}
         for death in deaths:
             by_cause.setdefault(death.lost_with or death.task.name, []).append(death)
@@ -140,7 +143,7 @@ class Roster:
         ]
 
     def cause(self, death: Death) -> str:
-        """One line: which process ended, on which host, how and why."""
+        """One line: the process, its host, how it ended and why."""
         report = self.reports.get(death.task.name)
         process = f"{death.task.name} on {death.place.host} (pid {death.place.pid})"
         if report is not None and report.phase == "failed":

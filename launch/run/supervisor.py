@@ -46,7 +46,7 @@ def end_streams(cluster: Cluster) -> None:
 
 @dataclass(frozen=True)
 class _Hang:
-    """A process to be killed and how it hangs; ``pid`` only where another may have its name."""
+    """A process to be killed, and how it hangs; ``pid`` only if another may have its name."""
 
     name: str
     how: str
@@ -116,8 +116,8 @@ class Supervisor:
             self._link.degraded(degraded)
 
     def _tell_of_ranks(self, state: ClusterState, seconds: float | None) -> None:
-        """Says which ranks serve after a pause of so many ``seconds``, and when those that the
-        others went on without are back.
+        """Reports which ranks serve after a pause of ``seconds``, and the return of ranks that the
+        others went on without.
         """
         lost = tuple(rank.rank for rank in state.ranks if rank.state == "lost")
         after = "" if seconds is None else f" after {seconds:.1f} s"
@@ -131,8 +131,8 @@ class Supervisor:
         self._without = lost
 
     def _check_silence(self, now: float) -> None:
-        """Says when the controller falls silent and when it answers again. Raises LaunchError after
-        ``cluster.pause_deadline``.
+        """Reports when the controller falls silent and when it answers again. Raises LaunchError
+        after ``cluster.pause_deadline``.
         """
         silence, deadline = now - self._link.heard, self._recipe.cluster.pause_deadline
         if silence > deadline:
@@ -195,7 +195,7 @@ class Supervisor:
         self._screen.say(f"{cause}; {action}{when}, {effect}")
 
     def _leave_node_of(self, death: Death) -> None:
-        """Has the ranks of a node start on another one; those that still run there are killed."""
+        """Moves the ranks of a node to another one; kills those that still run there."""
         assert death.task.node is not None
         to, host = self._cluster.leave_node(death.task.node), death.place.host
         what = f"its ranks move to {to}" if to else "no other node has room for its ranks, which stay"
@@ -208,7 +208,7 @@ class Supervisor:
     def _replace_controller(self, death: Death, cause: str, epoch: int) -> float:
         """Starts a controller at the addresses of the one that died. Returns the delay in seconds.
 
-        Raises LaunchError for one that ended as told: it has told all others to stop.
+        Raises LaunchError for one that ended cleanly: it has asked all others to stop.
         """
         if death.code == 0:
             raise LaunchError(cause)
@@ -247,14 +247,14 @@ class Supervisor:
             return self._stop()
 
     def _stop(self) -> int:
-        """Stops every process, terminating those that do not stop in time: the controller's Stop is
-        lost on a connection that is just being made again. What ends cleanly then is no failure.
+        """Stops every process, terminating those that do not stop in time: the controller's Stop
+        may be lost while a connection is being re-established. A clean exit is then no failure.
         """
         self._acceptor.close()
         self._link.stop("shut down")
         starting = {task.name for task, _ in self._cluster.running()} - self._roster.ready()
         for task, _ in self._cluster.running():
-            if task.name in starting:  # a replacement that nobody waits for any more
+            if task.name in starting:  # a replacement that is no longer needed
                 self._cluster.signal(task, signal.SIGKILL)
             elif task.role == "frontend":
                 self._cluster.signal(task, signal.SIGTERM)

@@ -118,7 +118,7 @@ def controller_task(site: Site) -> Task:
 
 def successor_task(task: Task, addresses: tuple[str, ...], state: ClusterState | None) -> Task:
     """The controller that follows the one of ``task`` at the same ``addresses``. ``state`` is the
-    last one that the launcher was told.
+    last one that the launcher received.
     """
     spec = msgspec.json.decode(task.spec, type=ControllerSpec)
     before = spec.succession or Succession(life=0, addresses=addresses, epoch=0, max_len=0, page_size=0)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ...engine.planner.settings import Settings
 from .report import PageUse, Requests, Spread, Steps
 
-_NOTABLE = 0.1  # share of step time from which a delay of requests is the bottleneck
-_UNEVEN = 0.3  # share of step time, spent waiting for the slowest rank, from which imbalance is it
+_NOTABLE = 0.1  # least share of step time for a delay of requests to be the bottleneck
+_UNEVEN = 0.3  # the same for waits for the slowest rank and imbalance
 _PARTS = {"compute": "computing", "memory": "memory bandwidth", "network": "the exchange between ranks"}
 
 
@@ -25,7 +25,7 @@ class Causes:
 
     @property
     def prefill_binds(self) -> bool:
-        """Prompts are often left over, and half of the requests wait for longer than steps take."""
+        """Whether prompts are often left over and half of the requests wait longer than a step."""
         wait, step = self.wait.p50 or 0.0, self.steps.seconds.p99 or 0.0
         return self.held["prefill"] >= _NOTABLE and wait > 2 * step
 
@@ -51,7 +51,7 @@ def bottleneck(settings: Settings, causes: Causes) -> str:
 def _delay(settings: Settings, causes: Causes) -> str:
     """The cause of delay, up to the name of the slowest part.
 
-    Causes in their order: without pages a request gets no slot, without a slot no prefill.
+    Checked in order: without pages a request gets no slot, without a slot no prefill.
     """
     spec, steps, pages, held = settings.spec, causes.steps, causes.pages, causes.held
     most = "; the largest part of step time is"

@@ -62,8 +62,10 @@ def make_report(
         record.unavailable,
         len(trace.requests) - record.answered,
     )
-    steps, wait = _steps(record, seconds), _of_known(record.started - record.arrived)
-    pages, total = _pages(record), sum(record.seconds)
+    steps = _steps(record, seconds)
+    wait = _of_known(record.started - record.arrived)
+    pages = _pages(record)
+    total = sum(record.seconds)
     bound = _shares(times.bound, sum(times.bound.values()))
     held = _shares(record.held, total)
     return SimulationReport(

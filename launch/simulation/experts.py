@@ -28,7 +28,7 @@ class ExpertBalance:
     """Maximum / mean expert load over the ranks of a stage, averaged over layers by their load:
     ``unbalanced`` as the experts are at the start, ``balanced`` after moves by which ranks receive
     ``received`` of all expert slots (``received_bytes`` on the rank that receives most).
-    ``simulated`` is the one that step times have.
+    ``simulated`` is the one that step times use.
     """
 
     loads: str

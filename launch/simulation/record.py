@@ -35,20 +35,28 @@ class Record:
         size = len(arrived)
         self.arrived = arrived
         self.started, self.first, self.last = (np.full(size, np.nan) for _ in range(3))
-        self.cached, self.emitted = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        self.cached = np.zeros(size, np.int64)
+        self.emitted = np.zeros(size, np.int64)
         self.finished = self.refused = self.unavailable = 0
-        self.gaps, self.gap_counts = array("d"), array("q")
+        self.gaps = array("d")
+        self.gap_counts = array("q")
         self._last_batch = -1.0
         # Per step
-        self.seconds, self.busy, self.waiting = array("d"), array("d"), array("d")
-        self.rows, self.tokens = array("q"), array("q")
-        self.imbalance, self.kv_used, self.kv_fullest = array("d"), array("d"), array("d")
+        self.seconds = array("d")
+        self.busy = array("d")
+        self.waiting = array("d")
+        self.rows = array("q")
+        self.tokens = array("q")
+        self.imbalance = array("d")
+        self.kv_used = array("d")
+        self.kv_fullest = array("d")
         self.held = dict.fromkeys(HELD, 0.0)
-        self.booking, self.planning = array("d"), array("d")  # real seconds
+        self.booking = array("d")  # real seconds
+        self.planning = array("d")
 
     @property
     def answered(self) -> int:
-        """Requests that have ended, in any way."""
+        """Number of requests that have ended, for any reason."""
         return self.finished + self.refused + self.unavailable
 
     # ----------------------------------------------------------------- messages to frontends
@@ -75,7 +83,7 @@ class Record:
         begins = np.frombuffer(batch.positions_i32, np.int32) == 0
         self.first[handles[begins]] = now
         before = self.last[handles[~begins]]
-        steady = before == self._last_batch  # most rows: they also got a token in the last step
+        steady = before == self._last_batch  # the common case: rows that also got a token in the last step
         if count := int(steady.sum()):
             self._gap(now - self._last_batch, count)
         for time in before[~steady].tolist():

@@ -59,7 +59,7 @@ def _bar(console: Console) -> Progress:
 def show_report(
     report: SimulationReport, plan: CapacityPlan, title: str, efficiency: float, console: Console
 ) -> None:
-    """Prints tables of clients and cluster, then the limiting resource."""
+    """Prints tables for clients and cluster, then the limiting resource."""
     mesh = plan.setup.mesh
     ranks = "1 rank" if mesh.world == 1 else f"{mesh.world} ranks"
     console.print(

@@ -75,12 +75,14 @@ class _StageTimes:
         self._index = setup.sharing * indexers * index_seconds(setup)
         self._index_read = setup.sharing * indexers * index_read_seconds(setup)
         bounds = bounds_of(setup, stage)
-        self._whole, self._bounds = stage.num_layers - len(bounds), Counter(bounds)
+        self._whole = stage.num_layers - len(bounds)
+        self._bounds = Counter(bounds)
         self._floor = lru_cache(1 << 16)(self._even_floor)
 
     def parts(self, work: StepWork) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
         """Compute [D], memory [D] and network seconds."""
-        total, most = int(work.tokens_D.sum()), int(work.tokens_D.max())
+        total = int(work.tokens_D.sum())
+        most = int(work.tokens_D.max())
         features = np.stack([work.tokens_D, work.sampled_D]).astype(np.float64)
         prompts_D = work.tokens_D - work.decodes_D
         decoded_D = self._seen(work.decode_context_D, work.decodes_D)

@@ -110,7 +110,7 @@ class Trace:
             yield request.seconds, Submit(number, str(number), prompt, hashes, limit, Sampling(seed=number))
 
     def prompt(self, number: int) -> bytes:
-        """A request's prompt, int32: blocks are equal where their names are, and nowhere else."""
+        """A request's prompt, int32: blocks are equal if and only if their names are."""
         request = self.requests[number]
         unnamed = np.arange(-(-request.num_input // self.block) - len(request.ids), dtype=np.uint64)
         own = unnamed + np.uint64(number << 32) + _UNNAMED
@@ -129,7 +129,8 @@ def read_trace(text: str, limit: int | None = None, speed: float = 1.0, block: i
         found = list(_read(Path(text).expanduser(), limit, block))
     if not found:
         raise TraceError(f"--trace {text}: holds no request")
-    first, last = min(request.seconds for request in found), max(request.seconds for request in found)
+    first = min(request.seconds for request in found)
+    last = max(request.seconds for request in found)
     span = (last - first) / speed
     if not span <= _LONGEST:
         problem = f"its requests arrive over {span:g} s at --speed {speed:g}"

@@ -167,7 +167,9 @@ def _contradictions(recipe: Recipe, options: JobOptions) -> list[str]:
 
 
 def _time_problems(recipe: Recipe, options: JobOptions) -> list[str]:
-    """A time limit that Slurm would not read, or that leaves nothing but draining."""
+    """Problems of the time limit: Slurm cannot read it, or it leaves no time to serve before
+    draining.
+    """
     if options.time is None:
         return []
     seconds, drain = parse_time(options.time), recipe.cluster.drain_deadline
@@ -181,7 +183,7 @@ def _time_problems(recipe: Recipe, options: JobOptions) -> list[str]:
 
 
 def _unfit(options: JobOptions) -> list[str]:
-    """Text that cannot stand in a script."""
+    """Problems of options whose text cannot be written into a script."""
     texts = {field: value for field, value in vars(options).items() if isinstance(value, str)}
     texts |= {f"sbatch {number}": value for number, value in enumerate(options.sbatch, start=1)}
     mounts = enumerate(options.container_mounts, start=1)

@@ -2,7 +2,7 @@
 
 ``scancel`` sends SIGTERM to every step of a job at once: to Ray and the ranks as well as to launch,
 which could then not drain. So a step's command runs in a session of its own, and this wrapper
-ignores SIGTERM. The job's script, which gets SIGTERM too, ends each step in its turn with SIGUSR1
+ignores SIGTERM. The job's script, which gets SIGTERM too, ends the steps one by one with SIGUSR1
 (srun passes it on): the command then gets SIGTERM. If the wrapper is killed, so is the command.
 """
 
@@ -25,8 +25,8 @@ from ..cluster.entry import leave_with_parent
 class SlurmStep:
     """A running command.
 
-    Told to end, it is killed after ``patience`` seconds, and the status is 0 either way. With None
-    it is never killed, and its own status counts.
+    After a request to end it is killed after ``patience`` seconds, and the status is 0 either way.
+    With None it is never killed, and its own status counts.
     """
 
     def __init__(self, command: list[str], patience: float | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-# Stands for SIGTERM, whose handler ray.init replaces; in parts of it SIGTERM aborts.
+# Used in place of SIGTERM, whose handler ray.init replaces; SIGTERM aborts parts of it.
 TERMINATE = signal.SIGUSR2
 _MEANING = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM", TERMINATE: "SIGTERM"}
 

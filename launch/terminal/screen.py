@@ -34,7 +34,8 @@ class Screen:
         self._told: dict[str, float] = {}
         bar = 24 if self._err.width >= _WIDE else 8
         self._phase_width = max(8, min(60, self._err.width - bar - 26))  # beside name, bar and time
-        name, phase = TextColumn("  {task.description:<14}"), TextColumn("{task.fields[phase]}")
+        name = TextColumn("  {task.description:<14}")
+        phase = TextColumn("{task.fields[phase]}")
         columns = (name, BarColumn(bar_width=bar), phase, TimeElapsedColumn())
         self._progress = Progress(*columns, console=self._err, transient=True)
         self._live = self._err.is_terminal

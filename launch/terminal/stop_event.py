@@ -13,7 +13,8 @@ _SIGNALS = signal.SIGINT, signal.SIGTERM
 @contextmanager
 def stop_event() -> Iterator[asyncio.Event]:
     """An event that the first of these signals sets; call it inside a running loop."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
     for number in _SIGNALS:
         loop.add_signal_handler(number, stop.set)
     try:

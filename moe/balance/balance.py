@@ -1,9 +1,9 @@
 """Balances expert load by moving few experts: a pure function of loads and placement.
 
 DeepSeek's algorithm places all experts anew and moves most of them. This one starts from the
-placement there is and takes single steps, each the best of its layer (``steps``), until every layer
-is near its target or the bytes are spent; where room is scarce, all ranks exchange experts at once
-before (``exchange``). Everything follows from the arguments: no clock, no dice.
+current placement and takes single steps, each the best of its layer (``steps``), until every layer
+is near its target or the bytes are spent; where room is scarce, all ranks first exchange experts at
+once (``exchange``). The result depends on the arguments alone: no clock, no random numbers.
 
 Suffixes: L MoE layers, W ranks, S slots per rank, E logical experts.
 """
@@ -22,7 +22,7 @@ from .steps import Search, SlotSteps, nearness, scarcity
 
 NOWHERE = -1
 
-_LEAST = 3e-5  # of a rank's mean load: what a step has to gain; less is not worth an expert's bytes
+_LEAST = 3e-5  # least gain of a step, as a share of a rank's mean load; less is not worth an expert's bytes
 # Looking for replicas costs as much as for swaps, and finds most of them among the first steps.
 _REPLICAS_FIRST, _REPLICAS_EVERY = 6, 6
 # Ranks exchange experts all at once where they are many and the load above the target is more than
@@ -95,7 +95,8 @@ def balance(loads_LE: ArrayLike, placement: Placement, limits: Limits = Limits()
     assert len(node_W) == placement.num_ranks, f"{len(node_W)} nodes for {placement.num_ranks} ranks"
     state = Layers(loads_LE, placement.experts_LWS[:, alive])
     _restore(state)
-    before_LP, was_L = state.experts_LP.copy(), state.maximum_L()
+    before_LP = state.experts_LP.copy()
+    was_L = state.maximum_L()
     if len(alive) > 1:
         _Search(state, limits, node_W[alive]).run()
     worse_L = state.maximum_L() >= was_L - _LEAST
@@ -161,7 +162,7 @@ class _Search:
         for _ in range(_BEFORE):
             hot = self._take(hot, self._look(hot).replicate(), _LEAST) if len(hot) else hot
         far = self._exchange_all(layers, earlier)
-        # Where replicas leave ranks that no single exchange mends, swaps come first.
+        # Swaps come first if replicas leave ranks that no single exchange mends.
         hot = far
         for _ in range(_BEFORE):
             hot = self._take(hot, self._look(hot).best(replicas=True), _LEAST) if len(hot) else hot
@@ -176,8 +177,8 @@ class _Search:
         return np.setdiff1d(layers, far)
 
     def _exchange_all(self, layers: Ints, earlier: Layers) -> Ints:
-        """Exchanges experts in ``layers``. Those that it does not bring near their targets become
-        as they were earlier, and are returned.
+        """Exchanges experts in ``layers``. Restores and returns those that it does not bring near
+        their targets.
         """
         if not len(layers):
             return layers
@@ -189,15 +190,15 @@ class _Search:
         return far
 
     def _step(self, layers: Ints, *, replicas: bool) -> None:
-        """Takes the best step of each layer while there is one. Without ``replicas`` these are
-        looked for only where there is no swap.
+        """Takes the best step of each layer while there is one. Without ``replicas``, replicas are
+        searched for only in layers without a swap.
         """
         number, last = 0, False
         while len(layers):
             regular = replicas and (number < _REPLICAS_FIRST or number % _REPLICAS_EVERY == 0)
             both = last or regular
             taken = self._take(layers, self._look(layers).best(replicas=both), _LEAST)
-            # Layers without a swap are looked at once more, for replicas.
+            # Layers without a swap are searched again, for replicas.
             number, last = number + 1, not both and len(taken) < len(layers)
             layers = taken if both else layers
 
@@ -226,8 +227,8 @@ class _Search:
 
 
 def _restore(state: Layers) -> None:
-    """Gives every expert without a slot one, the heaviest first, where the maximum stays least: an
-    empty one if there is, else that of a replica.
+    """Gives every expert without a slot one, the heaviest first, where the maximum load stays
+    least: an empty slot if there is one, else that of a replica.
     """
     lost_LE = state.replicas_LE[:, :-1] == 0
     for _ in range(int(lost_LE.sum(axis=1).max(initial=0))):
@@ -253,7 +254,8 @@ def _stay(old_LWS: NDArray[np.int32], new_LWS: NDArray[np.int32]) -> NDArray[np.
     layers, ranks = np.unique(np.stack([layers, ranks])[:, elsewhere], axis=1)
     old_NS, new_NS = old_LWS[layers, ranks], new_LWS[layers, ranks]
     same_NSS = (old_NS[:, :, None] == new_NS[:, None]) & (new_NS != EMPTY)[:, None]
-    stays_NS, comes_NS = same_NSS.any(axis=2), (new_NS != EMPTY) & ~same_NSS.any(axis=1)
+    stays_NS = same_NSS.any(axis=2)
+    comes_NS = (new_NS != EMPTY) & ~same_NSS.any(axis=1)
     merged_NS = np.where(stays_NS, old_NS, EMPTY)
     # The n-th expert that comes goes to the n-th slot that is free.
     into = np.argsort(stays_NS, axis=1, kind="stable")

@@ -11,14 +11,14 @@ from .balance import Limits, balance
 from .layers import Floats
 from .placement import Placement
 
-_ANY_LOAD = 1e9  # as a target: nothing is balanced, only covered
+_ANY_LOAD = 1e9  # a target that no layer exceeds: experts are covered, not balanced
 
 
 def cover(
     placement: Placement, loads_LE: Floats, stages: Sequence[slice], vacant: Sequence[int]
 ) -> Placement:
     """The placement nearest to this one in which every expert has a slot beside those of ``vacant``
-    ranks; these keep theirs, for the time when they come back. ``stages``: the layers of each.
+    ranks; these keep their experts until they come back. ``stages``: the layers of each.
 
     Raises ValueError where the other ranks have fewer slots than there are experts.
     """

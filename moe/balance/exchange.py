@@ -33,17 +33,17 @@ _UNIT = float(1 << 30)  # sums of integers are exact, and seven times as fast as
 _ROUNDS, _HOT, _COLD, _RATE, _MOMENTUM = 60, 0.1, 0.01, 0.05, 0.85
 _SPARE = np.float32(0.2)  # intervals more than are needed, which whole choices need beyond parts
 _CHANGES = 24
-# The price of receiving an expert, for the least room that is needed: far below 1, as each rank
-# that stays too hot costs steps later.
+# The price of receiving an expert, in units of the least room that is needed: far below 1, as each
+# rank that stays too hot costs steps later.
 _RECEIPT = np.float32(0.05)
 _LEFT = np.float32(3)  # the price of load that a rank keeps above the target
-_LEAST = 1e-6  # of a mean load: a change has to gain more
+_LEAST = 1e-6  # least gain of a change, as a share of a mean load
 
 
 class Exchanges:
     """Arrays over ``layers``, ``slots`` and the ``experts`` that come into them, one into each rank
-    at most, so that loads come down to target_L or near it. Replicas stay as many as they are;
-    ``state`` does not change.
+    at most, so that loads fall to target_L or near it. Numbers of replicas and ``state`` do not
+    change.
     """
 
     def __init__(self, state: Layers, layers: Ints, target_L: Floats) -> None:
@@ -69,7 +69,7 @@ class Exchanges:
         sorted_LP = np.take_along_axis(shares_LP, order_LP, axis=1)
         places_LP = np.empty_like(order_LP)
         np.put_along_axis(places_LP, order_LP, np.arange(1, num_places + 1)[None], axis=1)
-        # All layers are searched as one sorted array, so far apart that none reaches into the next.
+        # All layers are searched as one sorted array, offset so that their ranges never overlap.
         apart_L1 = 4.0 * self._state.num_ranks * self._each[:, None]
         rooms_SLW = np.clip(self._room_SLW, -1.0, 2.0 * self._state.num_ranks) + (_EXACT + apart_L1)
         above_SLW = (sorted_LP + apart_L1).ravel().searchsorted(rooms_SLW.ravel(), side="right")
@@ -86,7 +86,8 @@ class Exchanges:
         scale_L1 = np.maximum(self._least_L, 0.05).astype(np.float32)[:, None]
         own_SLW = self._receipts_SLW + self._left_SLW / scale_L1
         density_LP = np.repeat(1 / scale_L1, self._widths_LP.shape[1], axis=1)
-        momentum_LP, units_LP = np.zeros_like(density_LP), (_UNIT * self._widths_LP).astype(np.float32)
+        momentum_LP = np.zeros_like(density_LP)
+        units_LP = (_UNIT * self._widths_LP).astype(np.float32)
         stays_LW = (~self._hot_LW).astype(np.float32)
         for heat in np.geomspace(_HOT, _COLD, _ROUNDS).astype(np.float32):
             costs_SLW = self._costs(own_SLW, density_LP * units_LP)
@@ -125,9 +126,10 @@ class Exchanges:
         low_SLW = np.where(hot_LW, self._rooms_SLW, self._experts_SLW)
         high_SLW = np.where(hot_LW, self._experts_SLW, self._rooms_SLW)
         widths = (_UNIT * self._widths_LP).astype(np.int64).ravel()
-        # More to cover costs where nothing is spare, more that covers gains where some is missing.
+        # More load to cover costs where nothing is spare; more cover gains where some is missing.
         full = len(widths) + 1
-        new_LW, old_LW = np.where(hot_LW, full, 0), np.where(hot_LW, 0, full)
+        new_LW = np.where(hot_LW, full, 0)
+        old_LW = np.where(hot_LW, 0, full)
         low_new_SLW, high_new_SLW = low_SLW + new_LW, high_SLW + new_LW
         sign_LW = np.where(hot_LW, 1, -1)
         receipt_L1 = (_RECEIPT * self._least_L[:, None]).astype(np.float32)
@@ -140,7 +142,8 @@ class Exchanges:
             ends = np.bincount(was_high_LW.ravel(), sign_LW.ravel(), full)
             ends -= np.bincount(was_low_LW.ravel(), sign_LW.ravel(), full)
             spare = _below(ends)[1:-1]
-            missing, needed = _below(widths * (spare < 0)), _below(widths * (spare <= 0))
+            missing = _below(widths * (spare < 0))
+            needed = _below(widths * (spare <= 0))
             both, equal = np.concatenate([missing, needed]), needed - missing
             keeps_LW = both.take(was_high_LW + old_LW) - both.take(was_low_LW + old_LW)
             change_SLW = both.take(high_new_SLW)
@@ -175,7 +178,8 @@ class Exchanges:
         slots_LW = np.arange(state.num_ranks) * state.num_slots + chosen_LW
         experts_LW = at(state.experts_LP[self._rows], slots_LW.clip(0))
         ranks_LW = (-room_LW).argsort(axis=1, kind="stable")
-        into_LW, leaves_LW = at(slots_LW, ranks_LW), at(experts_LW, ranks_LW)
+        into_LW = at(slots_LW, ranks_LW)
+        leaves_LW = at(experts_LW, ranks_LW)
         comes_LW = at(experts_LW, (-given_LW).argsort(axis=1, kind="stable"))
         numbers = (chosen_LW >= 0).sum(axis=1)
         taken_LW = np.arange(state.num_ranks) < numbers[:, None]
@@ -214,9 +218,7 @@ def _below(values: NDArray[Any]) -> Ints:
 
 
 def _least_room(slack_LW: Floats) -> Floats:
-    """The room of the fullest rank that is needed, the emptiest first, for what others have too
-    much.
-    """
+    """The room of the fullest rank needed to take the excess of others, emptiest ranks first."""
     rooms_LW = np.sort(slack_LW.clip(0), axis=1)[:, ::-1]
     needed_L = (rooms_LW.cumsum(axis=1) < (-slack_LW).clip(0).sum(axis=1, keepdims=True)).sum(axis=1)
     return np.asarray(at(rooms_LW, needed_L.clip(max=rooms_LW.shape[1] - 1)[:, None])[:, 0])

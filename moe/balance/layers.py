@@ -22,19 +22,19 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 HELD, FOREIGN = 1, 2
-"""Bits of ``Layers.bits_LWE``."""
+"""Flags in ``Layers.bits_LWE``."""
 
 _CHANGING = ("experts_LP", "replicas_LE", "shares_LE", "bits_LWE", "foreign_LP", "ranks_LW")
-_ALWAYS = 1 << 20  # replicas of an empty slot's "expert": it may always leave
-_LEVEL = 1e-7  # how exactly ``level_L`` is found
+_ALWAYS = 1 << 20  # replicas of the expert that stands for empty slots: it may always leave
+_LEVEL = 1e-7  # relative precision of ``level_L``
 
 
 class Layers:
     """experts_LP, replicas_LE, shares_LE (the load of one replica of every expert) and ranks_LW
     (the load of every rank) are changed by ``put`` and ``swap``. bits_LWE uint8: HELD where a rank
-    has a slot of an expert, FOREIGN where it had none at first; none is set of an empty slot's.
-    foreign_LP: 1 where the expert of a slot is foreign, else 0. Of several slots of an expert on
-    one rank the first counts, the others are taken as empty.
+    has a slot of an expert, FOREIGN where it had none at first; neither is set for empty slots.
+    foreign_LP: 1 where the expert of a slot is foreign, else 0. If a rank has several slots of an
+    expert, the first counts; the others are treated as empty.
     """
 
     def __init__(self, loads_LE: Floats, experts_LWS: NDArray[Any]) -> None:
@@ -56,14 +56,14 @@ class Layers:
         self.ranks_LW = self._sums_LW(self.shares_LE, self.experts_LP)
 
     def copy(self) -> Layers:
-        """A copy that changes apart from this one."""
+        """An independent copy."""
         found = copy.copy(self)
         for name in _CHANGING:
             setattr(found, name, getattr(self, name).copy())
         return found
 
     def reset(self, layers: Ints, earlier: Layers) -> None:
-        """Makes ``layers`` as they are in a copy."""
+        """Restores ``layers`` from a copy."""
         for name in _CHANGING:
             getattr(self, name)[layers] = getattr(earlier, name)[layers]
 
@@ -81,9 +81,9 @@ class Layers:
         return np.asarray(self.ranks_LW.max(axis=1, initial=0.0), np.float64)
 
     def level_L(self) -> Floats:
-        """The least that the largest share of an expert can be, whatever has replicas: the smallest
-        level of which the experts' loads take no more parts than there are slots. At least the
-        mean.
+        """A lower bound of the largest share of an expert, whichever experts have replicas: the
+        smallest level at which the experts' loads, cut into parts of it, need no more parts than
+        there are slots. At least the mean.
         """
         low_L = np.ones(len(self.loads_LE))
         high_L = np.maximum(self.loads_LE.max(axis=1, initial=0.0), 1.0)
@@ -93,12 +93,13 @@ class Layers:
             middle_L = (low_L + high_L) / 2
             parts_L = np.ceil(self.loads_LE / middle_L[:, None]).clip(1).sum(axis=1) - 1
             fits_L = parts_L <= self.experts_LP.shape[1]
-            low_L, high_L = np.where(fits_L, low_L, middle_L), np.where(fits_L, middle_L, high_L)
+            low_L = np.where(fits_L, low_L, middle_L)
+            high_L = np.where(fits_L, middle_L, high_L)
         return np.asarray(high_L, np.float64)
 
     def received(self, layers: Ints, slots: Ints, experts: Ints) -> Ints:
-        """Experts that ranks receive more, against the placement at first, if a slot of each layer
-        gets an expert (or ``num_experts``).
+        """Additional experts that ranks receive, relative to the first placement, if a slot of each
+        layer gets an expert (or ``num_experts``).
         """
         comes = self.bits_LWE[layers, slots // self.num_slots, experts] >= FOREIGN
         return np.asarray(comes - self.foreign_LP[layers, slots], np.int64)
@@ -160,7 +161,7 @@ def at_all(arrays_LE: Sequence[NDArray[Any]], columns: Ints) -> list[NDArray[Any
 
 
 def once(experts_LWS: NDArray[Any]) -> NDArray[Any]:
-    """EMPTY for a slot whose expert a slot before it on the same rank has."""
+    """The experts, with EMPTY for a slot whose expert an earlier slot of the same rank has."""
     experts_LWS = experts_LWS.copy()
     for slot in range(1, experts_LWS.shape[2]):
         again_LW = (experts_LWS[:, :, :slot] == experts_LWS[:, :, slot : slot + 1]).any(axis=2)

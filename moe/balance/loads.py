@@ -20,8 +20,8 @@ _MOST_REPORTS = 16
 
 
 class LoadWindow:
-    """Tokens per layer and expert in the last ``num_reports`` reports, and in as many before them
-    as make ``least_tokens`` in the mean of layers, up to 16 in all.
+    """Tokens per layer and expert in the last ``num_reports`` reports, and in earlier ones, up to
+    16 in all, until they hold ``least_tokens`` on average over layers.
     """
 
     def __init__(self, num_layers: int, num_experts: int, num_reports: int, least_tokens: int = 0) -> None:
@@ -46,20 +46,22 @@ class LoadWindow:
 @dataclass(frozen=True)
 class Trigger:
     """Balancing is due when maximum / mean load, averaged over layers by their load, exceeds that
-    of the last balance by ``drift`` of it, and there were ``least_tokens``. What is left alone
-    stays: with a drift of 0.05 loads come no nearer than that to the best placement.
+    of the last balance by ``drift`` of it, and there were ``least_tokens``. Smaller imbalance
+    stays: with a drift of 0.05 loads get no closer to the best placement than that.
     """
 
     drift: float = 0.03
 
     def least_tokens(self, num_ranks: int) -> int:
-        """Tokens of all ranks, in the mean of layers, with which chance alone tilts the load of the
-        most loaded of equal ranks by no more than the drift.
+        """Tokens of all ranks, on average over layers, from which chance alone raises the load of
+        the most loaded of equal ranks by no more than the drift.
         """
         return math.ceil(2 * math.log(max(2, num_ranks)) / self.drift**2) * num_ranks
 
     def due(self, loads_LE: Floats, placement: Placement, reached: float) -> bool:
-        """``reached``: the ``weighted_imbalance`` that the last balance meant; 1 before."""
+        """``reached``: the ``weighted_imbalance`` that the last balance aimed at; 1 before the
+        first.
+        """
         tokens = loads_LE.sum(axis=1).mean() if len(loads_LE) else 0.0
         if tokens < self.least_tokens(placement.num_ranks):
             return False

@@ -35,7 +35,8 @@ def places_by_turn(placement: Placement, source: int, node_W: Sequence[int] | No
     np.add.at(counts_LE, (each, flat_LP + 1), 1)
     if counts_LE[:, 1:].max(initial=0) <= 1:
         return homes_LE1
-    sorted_LP, firsts_LE = np.argsort(flat_LP, axis=1, kind="stable"), np.cumsum(counts_LE, axis=1)
+    sorted_LP = np.argsort(flat_LP, axis=1, kind="stable")
+    firsts_LE = np.cumsum(counts_LE, axis=1)
     nodes = np.zeros(placement.num_ranks, np.int64) if node_W is None else np.array(node_W, np.int64)
     places_LEC = np.repeat(homes_LE1, TURNS, axis=2)
     for num in np.unique(counts_LE[:, 1:][counts_LE[:, 1:] > 1]).tolist():
@@ -50,15 +51,16 @@ def share_turns(ranks_XR: Ints, node_W: Ints, source: int) -> Ints:
     """chosen_XC: the replica that each turn of rank ``source`` goes to. ranks_XR: the replicas'
     ranks, which differ.
 
-    A rank with a replica gives it all its turns. Of the others on a node, the replicas there get as
-    many as they may have, first turns first; the remaining turns of all ranks fill the remaining
-    shares. Turns that are given together are counted rank by rank, so that each rank knows its own
-    without a table of all.
+    A rank with a replica gives it all its turns. Turns of the other ranks of a node go to its
+    replicas up to their shares, first turns first; the remaining turns of all ranks fill the
+    remaining shares. Turns that are given together are counted rank by rank, so that each rank
+    knows its own without a table of all.
     """
     num_experts, num_replicas = ranks_XR.shape
     shares_R, more = np.divmod(TURNS * len(node_W), np.full(num_replicas, num_replicas))
     left_R = shares_R + (np.arange(num_replicas) < more) - TURNS
-    every, turns_C = np.arange(num_experts), np.arange(TURNS)
+    every = np.arange(num_experts)
+    turns_C = np.arange(TURNS)
     node_XR, here = node_W[ranks_XR], node_W[source]
     free_XW = np.ones((num_experts, len(node_W)), np.bool_)
     free_XW[every[:, None], ranks_XR] = False
@@ -70,7 +72,7 @@ def share_turns(ranks_XR: Ints, node_W: Ints, source: int) -> Ints:
     whole_XN, extra_XN = np.divmod(given_XN, np.maximum(num_free_XN, 1))
     number_XW = _number_on_node(free_XW, node_W)
     near_XW = np.where(free_XW, whole_XN[:, node_W] + (number_XW < extra_XN[:, node_W]), 0)
-    # The replicas of a node share what is given there by the room that they have.
+    # The replicas of a node share its turns in proportion to their room.
     same_XRR = (node_XR[:, :, None] == node_XR[:, None]) & np.tri(num_replicas, dtype=np.bool_)
     until_XR = (same_XRR * left_R).sum(axis=2)
     given_XR, room_XR = (np.take_along_axis(part_XN, node_XR, axis=1) for part_XN in (given_XN, room_XN))

@@ -24,11 +24,12 @@ _CANDIDATES = 600
 _RECEIVED = np.float32(1.4)
 # The worth of a rank's receiving an expert, by its bits: none where it holds it already.
 _COMING = np.array([1, 0, 1 / _RECEIVED, 0], np.float32)
-# Less is a step worth that takes experts from another node.
+# A step that takes experts from another node is worth less.
 _FAR = np.float32(1.05**-0.5)
-# The price of room below the target, for a mean load of it, where it is as scarce as can be.
+# The price of room below the target, for one mean load of it, at the greatest scarcity.
 _PRICE = np.float32(3)
-# A step counts by the load above the target that it takes away; beyond the target, this much.
+# A step counts by the load above the target that it removes; load below the target counts this
+# much.
 _BEYOND = np.float32(0.001)
 
 
@@ -45,7 +46,7 @@ class SlotSteps:
 
 
 def nearness(node_W: Ints, within_nodes: bool) -> NDArray[np.float32]:
-    """[W, W]: the worth of an expert's way between two ranks. node_W: the node of every rank.
+    """[W, W]: the weight of a move between two ranks. node_W: the node of every rank.
     ``within_nodes``: no expert goes to a node that lacks it.
     """
     far_WW = node_W != node_W[:, None]
@@ -53,8 +54,8 @@ def nearness(node_W: Ints, within_nodes: bool) -> NDArray[np.float32]:
 
 
 def _least(loads_LW: Floats, num: int) -> Ints:
-    """``num`` ranks of the least loads of each layer. Loads are compared as the bits of them, the
-    last of which give way to the rank: sorting these is three times as fast as ``argpartition``.
+    """The ``num`` least loaded ranks of each layer. Keys are the loads' bits with the rank in the
+    lowest ones: sorting these is three times as fast as ``argpartition``.
     """
     num_ranks = loads_LW.shape[1]
     if num == num_ranks:
@@ -66,14 +67,15 @@ def _least(loads_LW: Floats, num: int) -> Ints:
 
 
 def scarcity(ranks_LW: Floats, target_L: Floats) -> Floats:
-    """How scarce room below the target is: the load above it, in what lies below. From 0 to 1."""
+    """Scarcity of room below the target: load above it / room below it, from 0 to 1."""
     above_LW = ranks_LW - target_L[:, None]
-    above_L, room_L = above_LW.clip(0).sum(axis=1), (-above_LW).clip(0).sum(axis=1)
+    above_L = above_LW.clip(0).sum(axis=1)
+    room_L = (-above_LW).clip(0).sum(axis=1)
     return np.asarray(above_L / np.maximum(np.maximum(above_L, room_L), np.finfo(np.float64).tiny))
 
 
 class Search:
-    """The state of ``layers``, looked at once: from it the best step of each layer follows.
+    """A snapshot of ``layers`` in which to find the best step of each layer.
 
     scarcity_L: from ``scarcity``. near_WW: from ``nearness``.
     """
@@ -84,7 +86,7 @@ class Search:
         self._state, self._near_WW = state, near_WW
         self._layers, self._target = layers, target_L
         self._each = np.arange(len(layers))
-        # Of all layers no copies are made.
+        # No copies if these are all layers.
         rows = self._rows = slice(None) if len(layers) == len(state.experts_LP) else layers
         self._experts_LP = state.experts_LP[rows]
         self._going_LP = np.float32(1) + (_RECEIVED - np.float32(1)) * state.foreign_LP[rows]
@@ -98,8 +100,8 @@ class Search:
         self._scarcity_L = scarcity_L
 
     def _price_of_room(self) -> NDArray[np.float32]:
-        """Room is for other ranks above the target: one that is alone may take what it likes, and
-        where half of it is enough, hardly any has to be saved.
+        """The price by which a rank above the target leaves room to others above it: none for a
+        single rank, little if half of the room is enough.
         """
         above_L = (self._ranks_LW - self._target[:, None]).clip(0).sum(axis=1)
         own_L = (self.maximum - self._target).clip(0)
@@ -107,7 +109,7 @@ class Search:
         return np.asarray(_PRICE * (self._scarcity_L * others_L**2) ** 2, np.float32)
 
     def best(self, *, replicas: bool) -> SlotSteps:
-        """The most valuable step of each layer; without ``replicas`` only swaps are looked at."""
+        """The most valuable step of each layer; without ``replicas`` only swaps are considered."""
         if not replicas:
             return self._swaps()
         found = [self._swaps(), self.replicate()]
@@ -149,8 +151,8 @@ class Search:
         return self._single(self._slots_LQ[each, place], expert, possible.astype(np.float64))
 
     def _least_beside(self, expert: Ints) -> Floats:
-        """The least that ranks with a replica of ``expert`` hold beside it, in the mean: the
-        smallest experts of the layer.
+        """A lower bound of the mean load that ranks with a replica of ``expert`` hold besides it:
+        the smallest experts of the layer.
         """
         num_slots, replicas = self._state.num_slots, self._state.replicas_LE[self._rows][self._each, expert]
         shares_LP = np.sort(at(self._shares_LE, self._experts_LP), axis=1).cumsum(axis=1, dtype=np.float64)
@@ -159,9 +161,9 @@ class Search:
         return np.asarray(least / replicas.clip(1))
 
     def _leaving(self) -> None:
-        """Slots whose expert may leave them, EMPTY ones among them, since its other replicas stay
-        below the target: the load of their ranks without them, and the largest load that other
-        ranks then have.
+        """Slots whose expert may leave, as its other replicas stay below the target (EMPTY slots
+        included): the load of their ranks without them, and the largest load that other ranks then
+        have.
         """
         loads_LE, replicas_LE = self._state.loads_LE[self._rows], self._state.replicas_LE[self._rows]
         then_LE = loads_LE / np.maximum(replicas_LE - 1, 1)
@@ -186,8 +188,9 @@ class Search:
         keys = (self._experts_LQ + self._each[:, None] * num_columns).ravel()
         largest, second = np.full((2, len(self._each) * num_columns), -np.inf, np.float32)
         np.maximum.at(largest, keys, loads)
-        # Of equal ones the last is the first of its expert, whose largest twin is the second.
-        first, numbers = np.empty(largest.shape, np.int64), np.arange(len(keys))
+        # The last of equal experts is the most loaded; its largest twin is the second.
+        first = np.empty(largest.shape, np.int64)
+        numbers = np.arange(len(keys))
         equal = np.flatnonzero(loads == largest.take(keys))
         first[keys[equal]] = equal
         is_first = first.take(keys) == numbers
@@ -204,7 +207,9 @@ class Search:
         return np.asarray(found, np.uint8)
 
     def _value(self, gain: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The worth of lowering maxima by ``gain`` [L, ...], whatever ranks receive; takes it."""
+        """The worth of lowering maxima by ``gain`` [L, ...], without the cost of transfers.
+        Overwrites ``gain``.
+        """
         above = (self.maximum - self._target).astype(np.float32)
         capped = np.minimum(gain, above.reshape(-1, *[1] * (gain.ndim - 1)))
         gain *= _BEYOND
@@ -212,9 +217,9 @@ class Search:
         return gain
 
     def _swaps(self) -> SlotSteps:
-        """Exchanges a slot of the most loaded rank for one of a colder rank. Of those that move
-        enough, the best moves little more, and goes to a rank with much room, or one that receives
-        anyway: so few ranks take what others have to give.
+        """Exchanges a slot of the most loaded rank for one of a colder rank. Among swaps that move
+        enough, the best moves little more, to a rank with much room or one that receives anyway, so
+        that few ranks receive experts.
         """
         state, each, size = self._state, self._each, self._state.num_slots
         price = self._price_of_room()
@@ -252,7 +257,7 @@ class Search:
         )
 
     def _nearness(self, ranks: Ints) -> NDArray[np.float32]:
-        """The worth of an expert's way between the most loaded rank of each layer and others."""
+        """The weight of a move between the most loaded rank of each layer and others."""
         return at(self._near_WW[self._hot], ranks)
 
     def _replicas_of_the_hot(self) -> SlotSteps:

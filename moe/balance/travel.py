@@ -21,7 +21,7 @@ def experts_at_once(expert_bytes: int) -> int:
 
 def staged_bytes(expert_bytes: int, num_slots: int, num_layers: int) -> int:
     """Most bytes that moves take beside the slots of a rank, ``num_slots`` in each of its MoE
-    layers. It receives at most all of one layer together, and is taken to send as many.
+    layers. It receives at most all experts of one layer at a time, and is assumed to send as many.
     """
     every = num_slots * num_layers
     together = min(max(experts_at_once(expert_bytes), num_slots), every)

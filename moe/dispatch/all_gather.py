@@ -91,7 +91,7 @@ class AllGatherExchange(PlacedExchange):
         return Handle(weights_TK, layer, _Gathered(pending, form, weights_TK))
 
     def forward(self, handle: Handle) -> None:
-        """The number of tokens is known: all are on their way."""
+        """Does nothing: the number of tokens is known, and they are on their way."""
 
     def receive(self, handle: Handle) -> Received:
         gathered, top_k = handle.state, handle.weights_TK.shape[1]

@@ -63,12 +63,13 @@ class Dispatcher(Protocol):
 
     @property
     def counts_LS(self) -> Tensor:
-        """int64 on the device: tokens met by every own slot since it was last zeroed."""
+        """int64 on the device: tokens of every own slot since the counts were last zeroed."""
         ...
 
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
-        """Experts of ``layers`` have moved, between two steps: ``placement`` is that of all layers.
-        Tables of a device keep their addresses, which captured steps know.
+        """Takes over a ``placement`` (of all layers) in which experts of ``layers`` have moved.
+        Called between two steps. Tables on a device keep their addresses, which captured steps
+        know.
         """
         ...
 
@@ -89,12 +90,12 @@ class Dispatcher(Protocol):
 
 
 def padding_of(num_tokens: int, real_1: Tensor | None) -> Tensor | None:
-    """padding_T1 bool of ``begin_step``."""
+    """padding_T1 bool: tokens that are padding, by ``real_1`` of ``begin_step``."""
     if real_1 is None:
         return None
     return torch.arange(num_tokens, device=real_1.device)[:, None] >= real_1
 
 
 def zero_counts(placement: Placement, device: torch.device) -> Tensor:
-    """``counts_LS`` before any token."""
+    """Zeros for ``counts_LS``."""
     return torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device=device)

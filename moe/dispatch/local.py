@@ -33,13 +33,13 @@ class LocalDispatcher:
         self._padding_T1: Tensor | None = None
 
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
-        raise AssertionError("experts of one rank have nowhere to move")
+        raise AssertionError("a single rank cannot move experts")
 
     def begin_step(self, num_tokens: int, capacity: int, real_1: Tensor | None = None) -> None:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
         self.clock.begin_step()
         if real_1 is not None or self._padding_T1 is not None:
-            self._shape = None  # a captured step makes its own places, which are no other step's
+            self._shape = None  # a captured step makes places of its own
         self._padding_T1 = padding_of(num_tokens, real_1)
 
     def run(
@@ -47,7 +47,7 @@ class LocalDispatcher:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         self.clock.mark()
         shape = len(residual[0]), routed.top_k
-        if self._shape != shape:  # the first layer of a step with another number of tokens
+        if self._shape != shape:  # first layer of a step whose number of tokens differs
             self._places = self._places_of(*shape)
             self._shape = shape
         places = self._places[layer]

@@ -71,7 +71,8 @@ class NvlinkExchange(CapacityExchange):
         lane = next(lane for lane in self._lanes if lane.free)
         places_TK = self._places_TK(ids_TK, layer)
         tokens, *scales = (part.contiguous() for part in self._form.of(normed))
-        ids, weights = places_TK.to(torch.int32), weights_TK.contiguous()
+        ids = places_TK.to(torch.int32)
+        weights = weights_TK.contiguous()
         lane.free, lane.kept = False, (tokens, ids, weights, *scales)
 
         def send() -> None:
@@ -137,9 +138,7 @@ def _tokens_of(arrived: Arrived) -> Tokens:
 
 
 def _different(capacities: Sequence[int]) -> list[int]:
-    """The capacities, one more where one is as large as another: the library shares memory among
-    equal ones.
-    """
+    """The capacities, made distinct by adding 1: the library shares memory among equal ones."""
     found: list[int] = []
     for capacity in capacities:
         while capacity in found:

@@ -20,9 +20,9 @@ class ReplicaChoice:
     no place.
 
     ``source``: this rank among those of the placement. Tables are arrays, or tensors on ``device``
-    if given; so are ids and places then, and the turns of every step begin with the first: a
-    captured step can be told of no other. There the table keeps its address, which captured
-    steps know, and has all turns from the start if there is room for replicas.
+    if given; so are ids and places then, and the turns of every step begin with the first, which is
+    fixed in a captured step. There the table keeps its address, which captured steps know, and has
+    all turns from the start if there is room for replicas.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ReplicaChoice:
         self.place(placement, range(placement.num_layers))
 
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
-        """The placement of ``layers`` has changed, between two steps."""
+        """Takes over a new placement of ``layers`` between two steps."""
         part = Placement(placement.experts_LWS[list(layers)], placement.num_experts)
         places_LEC = places_by_turn(part, self._source, self._node_W)
         if self._places is None or places_LEC.shape[2] > self._num_turns:
@@ -56,8 +56,8 @@ class ReplicaChoice:
             self._places[list(layers)] = self._table(changed if self._num_turns > 1 else changed[:, :, 0])
 
     def begin_step(self, num_tokens: int) -> None:
-        """The step's tokens take the turns after those of the last step; of two microbatches both
-        do.
+        """Continues the turns after the last step; both microbatches of a step begin at the same
+        turn.
         """
         if self._num_turns == 1:
             return
@@ -68,7 +68,7 @@ class ReplicaChoice:
             self._turns_T1 = torch.arange(num_tokens, device=self._device)[:, None] % self._num_turns
 
     def _table(self, places: Any) -> Any:
-        places = np.array(places, order="C")  # a copy: a broadcast one is not to be written to
+        places = np.array(places, order="C")  # a copy: a broadcast view must not be written to
         return places if self._device is None else torch.from_numpy(places).to(self._device)
 
     def places_TK(self, ids_TK: Any, layer: int) -> Any:

@@ -40,7 +40,7 @@ class TokenForm:
         return -(-self.hidden // 16) * 16
 
     def of(self, rows: Normed) -> tuple[Tensor, ...]:
-        """The parts of hidden states, as ``parts`` has room for them."""
+        """The parts of hidden states, in the order of ``parts``."""
         if self.quantise is None:
             return (wide_of(rows),)
         x = rows.eight if isinstance(rows, NormedRows) else self.quantise(rows)

@@ -53,7 +53,7 @@ class CapacityExchange(PlacedExchange):
         self._choice.begin_step(num_tokens)
 
     def forward(self, handle: Handle) -> None:
-        """The counts travel with the tokens: all are on their way."""
+        """Does nothing: counts travel with the tokens, which are on their way."""
 
     def _places_TK(self, ids_TK: Tensor, layer: int) -> Tensor:
         """rank x S + slot of every choice; EMPTY where ids are -1, which are padding."""

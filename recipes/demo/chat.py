@@ -119,6 +119,7 @@ def _said(message: Message, with_reasoning: bool) -> str:
         text = f"<think>{message['reasoning_content']}</think>"
     text += message["content"]
     for call in message.get("tool_calls", ()):
-        name, arguments = dumps(call["function"]["name"]), dumps(call["function"]["arguments"])
+        name = dumps(call["function"]["name"])
+        arguments = dumps(call["function"]["arguments"])
         text += f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
     return f"{text}<|end|>"

@@ -16,7 +16,7 @@ from support.serving.reader import Reader, cluster_of
 TOKENS, STREAMS = 240, 5
 ADMIN = "an-admin-key"
 LAYOUTS = {
-    # Of 48 slots 36 are left for 32 experts: some are loaded again.
+    # The others keep 36 of 48 slots for 32 experts: some are loaded again.
     "data 4": ("experts.redundant=16", "experts.dispatch=all_to_all"),
     # Both ranks of a data index are away when one is lost: the others have exactly 32 slots.
     "data 2 x tensor 2": (

@@ -45,13 +45,13 @@ class ResponseAnswer(AnswerDocument):
 
 
 class ContentBlockAnswer(AnswerDocument):
-    """With the fields of its type."""
+    """A content block, with the fields of its type."""
 
     type: Literal["text", "thinking", "tool_use"]
 
 
 class MessageUsage(AnswerDocument):
-    """``input_tokens`` are those beside the cached ones."""
+    """Usage of a message; ``input_tokens`` excludes cached ones."""
 
     input_tokens: int
     cache_read_input_tokens: int

@@ -161,7 +161,7 @@ class Healthy(AnswerDocument):
 
 
 class Generates(AnswerDocument):
-    """``seconds`` that one token took."""
+    """Answer of /health/generate; ``seconds`` that one token took."""
 
     status: Literal["ok"]
     seconds: float

@@ -31,7 +31,7 @@ TYPES = {
 CLIENT_GONE = 499  # nobody sees it
 MAX_SHOWN = 80
 _SHOULD = "Input should be "
-_IN_JSON = {  # pydantic speaks of Python's types
+_IN_JSON = {  # pydantic names Python's types
     "model_type": "Input should be an object",
     "model_attributes_type": "Input should be an object",
     "dict_type": "Input should be an object",
@@ -82,7 +82,7 @@ def from_validation(error: ValidationError) -> ApiError:
         failure["msg"] = _IN_JSON.get(failure["type"], failure["msg"])
     first = min(failures, key=_rank)
     text = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":  # a check across fields: its text starts with the field
+    if first["type"] == "value_error":  # a check across fields, whose text starts with the field
         return bad_request(text, text.split(" ", 1)[0])
     param = _field(first["loc"])
     if first["type"] == "missing":

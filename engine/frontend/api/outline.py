@@ -1,7 +1,7 @@
 """Bounds on the shape of a JSON text, checked before anything is built from it.
 
-A parser holds the interpreter lock until its last value is built, so each limit is a time for which
-the event loop may stand: about 50 ms on an EPYC core for a text at all of them.
+A parser holds the interpreter lock until its last value is built, so the limits bound how long the
+event loop is blocked: about 50 ms on an EPYC core for a text at all of them.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Scan:
 
     def _drop_escaped(self, quotes: np.ndarray, slashes: np.ndarray) -> None:
         """Clears the quotes that follow an odd number of backslashes."""
-        first = np.flatnonzero(np.diff(slashes, prepend=-2) != 1)  # of each run of backslashes
+        first = np.flatnonzero(np.diff(slashes, prepend=-2) != 1)  # starts of runs of backslashes
         lengths = np.diff(first, append=slashes.size)
         after = (slashes[first] + lengths)[lengths % 2 == 1]
         if after.size and after[-1] == quotes.size:

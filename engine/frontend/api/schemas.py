@@ -142,7 +142,7 @@ class ChatRequest(Generate, Conversation):
 
     @model_validator(mode="after")
     def _functions(self) -> ChatRequest:
-        """Turns the fields before there were tools into tools."""
+        """Turns the older fields ``functions`` and ``function_call`` into tools."""
         if self.functions and self.tools:
             raise ValueError("functions and tools exclude each other")
         if self.function_call is not None and self.tool_choice is not None:

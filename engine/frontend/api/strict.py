@@ -1,4 +1,4 @@
-"""Base classes of request bodies: no coercion, and a cost that a body's faults cannot drive up."""
+"""Base classes of request bodies: no coercion, and a bounded cost of validating invalid bodies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError
 
-# Of one conversation: 40 to 90 ms of validation on an EPYC core, and a million tokens if each
+# Limit of one conversation: 40 to 90 ms of validation on an EPYC core, and a million tokens if each
 # element has fifty.
 MAX_ELEMENTS = 5 * 2**12
 _LISTS = ("content", "output", "summary")
@@ -44,7 +44,7 @@ class Strict(BaseModel):
 
 class Element(Strict):
     """An object of which a body may hold thousands. Its validator in Python lets other threads run
-    after each of them; without it one call into the library would validate them all.
+    after each one; without it a single call into the library would validate all of them.
     """
 
     @model_validator(mode="after")

@@ -1,5 +1,5 @@
-"""Puts a chat's messages together from the items or blocks of another dialect. What the server has
-answered as several of them is one message again.
+"""Builds a chat's messages from the items or blocks of another dialect. Items of one earlier answer
+become one message again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ChatTurns:
         self.places: list[str] = []
         self._messages: list[dict[str, Any]] = []
         self._open = False
-        # Of the last reply, joined only once: a reply may have thousands of parts.
+        # Parts of the last reply, joined only once, since there may be thousands.
         self._content: list[str] = []
         self._reasoning: list[str] = []
 
@@ -96,7 +96,7 @@ class ChatTurns:
         self.places.append(place)
 
     def _join(self) -> None:
-        """Writes what the last reply has said into its message."""
+        """Writes the collected parts of the last reply into its message."""
         if self._reasoning:
             self._messages[-1]["reasoning"] = "\n".join(self._reasoning)
         if self._content:

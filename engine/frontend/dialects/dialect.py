@@ -1,5 +1,5 @@
-"""Other dialects than chat: each is a translation of its request into a chat, and of the reply's
-pieces into its own events and documents. All between is the way of any chat.
+"""Dialects other than chat: each translates its request into a chat, and the reply's pieces into
+its own events and documents. Between these, a request is handled as any chat.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NO_PLACE: dict[str, tuple[Any, ...]] = {
 
 
 class Narrator(Protocol):
-    """Tells one reply as the events of a stream, each as bytes. Pieces may come in any portions."""
+    """Writes one reply as the events of a stream, each as bytes. Pieces may have any size."""
 
     def opening(self) -> bytes:
         """The events before the first piece."""
@@ -56,13 +56,13 @@ class Narrator(Protocol):
 
 
 class Asked(Protocol):
-    """A request in its dialect, and the chat that it is."""
+    """A request in its dialect, and its translation into a chat."""
 
     @property
     def chat(self) -> GenerationRequest: ...
 
     def blamed(self, error: ApiError) -> ApiError:
-        """An error of the chat, in the words of this request."""
+        """An error of the chat, with the field names of this request."""
 
     def document(self, reply: Reply) -> dict[str, Any]:
         """The answer that is not streamed."""
@@ -84,8 +84,8 @@ def pieces_of(generation: Generation) -> list[Piece]:
 
 
 def shared_fields(body: BaseModel) -> dict[str, Any]:
-    """The fields of ``SHARED`` that ``body`` has beside its own. Raises ApiError for one whose
-    result could not be shown.
+    """The fields of ``SHARED`` that ``body`` has in addition to its own. Raises ApiError for one
+    whose result could not be shown.
     """
     sent = body.model_extra or {}
     for name, neutral in _NO_PLACE.items():
@@ -96,7 +96,7 @@ def shared_fields(body: BaseModel) -> dict[str, Any]:
 
 
 def as_chat(fields: dict[str, Any], renames: Renames) -> ChatRequest:
-    """The validated chat. Raises ApiError in the words of the dialect."""
+    """The validated chat. Raises ApiError with the field names of the dialect."""
     try:
         return ChatRequest.model_validate({k: v for k, v in fields.items() if v is not None})
     except ValidationError as error:

@@ -1,5 +1,5 @@
-"""Reasoning as ``encrypted_content``, for clients that hand nothing else of it back. It is not
-encrypted: the client has the text beside it.
+"""Reasoning as ``encrypted_content``, the only form that some clients send back. It is not
+encrypted: the client has the plain text as well.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ _COUNT: TypeAdapter[CountRequest] = TypeAdapter(CountRequest)
 
 
 class MessagesAsked:
-    """A request to /v1/messages, or for a count of its tokens, and the chat that it is."""
+    """A request to /v1/messages, or for a count of its tokens, and its translation into a chat."""
 
     def __init__(self, body: CountRequest) -> None:
         """Raises ApiError."""
@@ -116,7 +116,7 @@ def _output_fields(body: CountRequest) -> dict[str, Any]:
 
 
 def _thinking_fields(body: CountRequest, given: Any) -> dict[str, Any]:
-    """Thinking as the variables of templates: on under each name that one may read, or off."""
+    """Template variables that turn thinking on or off, under each name that a template may read."""
     if body.thinking is None:
         return {}
     if body.thinking.type == "disabled":

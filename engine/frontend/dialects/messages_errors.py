@@ -32,9 +32,7 @@ def messages_error(error: HTTPException, request_id: str) -> bytes:
 
 
 def messages_error_response(error: HTTPException, request_id: str) -> Response:
-    """The answer. A server that takes nothing now (503) is overloaded in the words of this
-    dialect.
-    """
+    """The answer. 503 is ``overloaded_error`` in this dialect."""
     status = OVERLOADED if error.status_code == 503 else error.status_code
     body = messages_error(error, request_id)
     return Response(body, status, dict(error.headers or {}), "application/json")

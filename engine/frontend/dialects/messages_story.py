@@ -142,7 +142,7 @@ class MessageStory:
         }
 
     def _usage(self) -> dict[str, Any]:
-        """Tokens of the prompt are those that had to be computed, and beside them the cached."""
+        """Prompt tokens are split into computed and cached ones."""
         usage = self._reply.usage()
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         return {

@@ -1,4 +1,4 @@
-"""The names of fields in errors: a chat's, put back into the words of the request it comes from."""
+"""Field names in errors: translates those of the chat back into those of the original request."""
 
 from __future__ import annotations
 

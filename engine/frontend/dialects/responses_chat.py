@@ -46,7 +46,7 @@ _BODY: TypeAdapter[ResponsesRequest] = TypeAdapter(ResponsesRequest)
 
 
 class ResponsesAsked:
-    """A request to /v1/responses, and the chat that it is."""
+    """A request to /v1/responses, and its translation into a chat."""
 
     def __init__(self, body: ResponsesRequest) -> None:
         """Raises ApiError."""
@@ -112,7 +112,7 @@ def _choice(body: ResponsesRequest) -> str | dict[str, Any] | None:
 
 
 def _forces(body: ResponsesRequest) -> bool:
-    """Whether a call is forced: there is no text then that could have a format."""
+    """Whether a call is forced. There is then no text to which a format could apply."""
     choice = body.tool_choice
     required = choice == "required" or (isinstance(choice, AllowedChoice) and choice.mode == "required")
     return required or isinstance(choice, ChosenTool)

@@ -47,7 +47,7 @@ class OutputItem:
         return ""
 
     def is_complete(self) -> bool:
-        """Whether nothing is missing at its end."""
+        """Whether the item is complete at its end."""
         return True
 
     def opened(self) -> list[Event]:

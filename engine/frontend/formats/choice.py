@@ -43,7 +43,7 @@ REASONING_TAGS: Mapping[str, Tags] = {
     "harmony": CHANNELS,
     "hy_v3": Tags(f"<think{SUFFIX}>", f"</think{SUFFIX}>"),
 }
-# Texts that only a template of the format contains all of. The first format that fits is taken:
+# Texts that together occur only in templates of the format. The first format that fits is taken:
 # GLM's and Qwen3-Coder's templates contain the tag of Hermes too, Hy3-preview's those of GLM, and
 # each older form a part of the newer one's.
 _TOOL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -98,7 +98,7 @@ class Formats:
 
     @property
     def harmony(self) -> bool:
-        """Whether replies are rows of messages with headers."""
+        """Whether replies are sequences of messages with headers."""
         return self.reasoning is CHANNELS or self.tools is Harmony
 
     def opens_reasoning(self, prompt: str, last_message: str | None) -> bool:

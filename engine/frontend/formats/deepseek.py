@@ -49,7 +49,7 @@ class DeepSeek:
         if head.strip() == TYPE and not (yield from reader.peek()):
             return False
         fenced = not (yield from self._bare(reader))
-        if fenced:  # the name stands behind the separator
+        if fenced:  # the name follows the separator
             if head.strip() != TYPE:
                 return False
             head = yield from reader.head("\n")

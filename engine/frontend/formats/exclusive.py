@@ -14,7 +14,7 @@ import msgspec
 Schema = dict[str, Any]
 _TYPES = ("string", "number", "boolean", "null", "array", "object")
 _TYPE_OF = {b'"': "string", b"t": "boolean", b"f": "boolean", b"n": "null"}
-_MAX_REFS = 16  # that lead from one to another
+_MAX_REFS = 16  # longest chain of references
 
 
 def exclusive(members: list[Any], discriminator: Any, root: Any) -> list[Any] | None:

@@ -57,8 +57,8 @@ def section(
 
 
 def close(reader: Reader, speech: Speech, tag: str, others: tuple[str, ...] = ()) -> Steps[None]:
-    """Moves past the closing tag of the last call, and past brackets before it that close nothing.
-    If the call broke off, the text before the tag, or before one of ``others``, becomes content.
+    """Moves past the closing tag of the last call, and past unmatched brackets before it. If the
+    call broke off, the text before the tag, or before one of ``others``, becomes content.
     """
     pin = reader.pin()
     yield from reader.skip(SPACE + "}]")
@@ -72,7 +72,7 @@ def close(reader: Reader, speech: Speech, tag: str, others: tuple[str, ...] = ()
 
 
 def opener(reader: Reader, speech: Speech, name: str, id: str | None = None) -> Callable[[], None]:
-    """Opens a call and gives up the pin: it stays a call."""
+    """Opens a call and releases the pin, so that it stays a call."""
 
     def begin() -> None:
         speech.open_call(name, id)

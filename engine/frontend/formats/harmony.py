@@ -1,12 +1,12 @@
-"""Harmony, the format of gpt-oss: a reply is a row of messages, each with a header that names its
-channel and, in calls, its recipient (https://github.com/openai/harmony, ``docs/format.md``):
+"""Harmony, the format of gpt-oss: a reply is a sequence of messages, each with a header that names
+its channel and, in calls, its recipient (https://github.com/openai/harmony, ``docs/format.md``):
 
     <|channel|>analysis<|message|>I should look.<|end|><|start|>assistant<|channel|>commentary
     to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris"}<|call|>
 
 (in one line). The prompt ends with ``<|start|>assistant``. ``analysis`` is reasoning; ``final``,
-and ``commentary`` to nobody, are content. The recipient may also stand behind ``assistant``. A call
-ends the turn, so a reply has one at most.
+and ``commentary`` without a recipient, are content. The recipient may also follow ``assistant``. A
+call ends the turn, so a reply has one at most.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class HarmonyParser(ReplyParser):
     ) -> None:
         super().__init__(speech, tags, tools, thinking, named)
         self._harmony = tools
-        self._told: set[bool] = set()  # kinds that have been told: reasoning or not
+        self._told: set[bool] = set()  # kinds already shown: reasoning or not
 
     def _read(self) -> Steps[None]:
         reader = self._reader
@@ -108,7 +108,7 @@ class HarmonyParser(ReplyParser):
             found = yield from self._body(reasoning=True)
         else:
             pin = reader.pin()
-            addressed = yield from reader.take(f" {_TO}")  # behind the role, with which the prompt ends
+            addressed = yield from reader.take(f" {_TO}")  # after the role, with which the prompt ends
             reader.rewind(pin)
             found = _ROLE_GIVEN if addressed else (yield from self._between())
         while found is not None and not self.full:
@@ -118,7 +118,7 @@ class HarmonyParser(ReplyParser):
                 found = yield from self._between()
 
     def _between(self) -> Steps[str | None]:
-        """Passes text that has no header on, up to the next tag."""
+        """Passes on text without a header, up to the next tag."""
         return (yield from self._reader.scan((START, CHANNEL, END, CALL, RETURN), self._speech.content))
 
     def _message(self, opening: str) -> Steps[str | None]:

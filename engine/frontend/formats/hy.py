@@ -42,7 +42,8 @@ class _Tags:
         def tag(name: str) -> str:
             return f"<{name}{suffix}>"
 
-        value_end, call_end = tag("/arg_value"), tag("/tool_call")
+        value_end = tag("/arg_value")
+        call_end = tag("/tool_call")
         markup = Markup(tag("arg_key"), tag("/arg_key"), tag("arg_value"), value_end, call_end)
         return cls(tag("tool_calls"), tag("/tool_calls"), tag("tool_call"), tag("tool_sep"), markup)
 

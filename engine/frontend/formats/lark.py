@@ -21,8 +21,8 @@ Spell = Callable[[str], int | None]  # the id of a tag that is one token, None f
 # model from writing white space for ever.
 WHITE_SPACE = r"( |\n[ \t]{0,32})"
 _ANY = r"/(.|\n)*/"
-_PART = re.compile("｜[^｜]+｜")  # of a tag, that may be a token
-_SIGNS = r"\.+*?()|[]{}^$#&-~/"  # they have a meaning in a regular expression
+_PART = re.compile("｜[^｜]+｜")  # part of a tag that may be a token
+_SIGNS = r"\.+*?()|[]{}^$#&-~/"  # special characters of regular expressions
 
 
 class Lark:
@@ -97,7 +97,7 @@ class Lark:
         return " ".join([self._terminal(f"{body} {self.text(before)}"), token, self.text(after)])
 
     def named(self, expression: str) -> str:
-        """The same by a name, for an expression that stands more than once."""
+        """A named rule, for an expression that is used more than once."""
         return self._rule(expression)
 
     def either(self, expressions: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from .tagged_call import Markup
 from .text_patterns import ANY, searching, text_patterns
 
 MAX_ALTERNATIVES = 256
-MAX_DEPTH, MAX_STEPS = 64, 16384  # of references and combinations
+MAX_DEPTH, MAX_STEPS = 64, 16384  # bounds on references and combinations
 MAX_COUNTED = 64  # members of a schema that bounds their number
 _NAME = r"[^<>\s]+( [^<>\s]+)*"
 _COMBINED = frozenset({"$ref", "allOf", "nullable", *UNIONS})
@@ -232,7 +232,7 @@ class TaggedMembers:
         return [value for value in known[0] if all(_allows(each, value) for each in all_of)]
 
     def _free(self, all_of: All, kinds: frozenset[str], numbers: bool) -> list[str]:
-        """Values of one alternative. A text that the parser would take for a JSON value is none."""
+        """Values of one alternative. Excludes text that the parser would take for a JSON value."""
         own = self._kinds(all_of)
         told = bool(self._markup.string)
         written = []
@@ -255,7 +255,7 @@ class TaggedMembers:
         return f"{self._told(True)}{text}"
 
     def _any(self) -> str:
-        """Any value at all, and its end."""
+        """Any value, and its end."""
         text = self._free_text([])
         return self._lark.either([text, self._json({})]) if self._markup.json else text
 
@@ -265,7 +265,7 @@ class TaggedMembers:
         return f"{told}{self._lark.text(_as_text(value))} {self._lark.tag(self._value_end)}"
 
     def _told(self, is_string: bool) -> str:
-        """The expression of that which tells the kind of the value behind it; empty for nothing."""
+        """The expression of the tag that gives the kind of the following value; empty for none."""
         told = self._markup.string if is_string else self._markup.json
         return f"{self._lark.text(told)} " if told else ""
 
@@ -281,7 +281,7 @@ class TaggedMembers:
 
 
 def _repeated(other: str, least: int, most: int | None) -> str | None:
-    """``other`` from ``least`` to ``most`` times; None if it cannot be told to be as often."""
+    """``other`` from ``least`` to ``most`` times; None if that cannot be expressed."""
     if least > 1 or (least and not other) or (most is not None and most < least):
         return None
     if not other or most == 0:

@@ -69,7 +69,7 @@ class Mistral:
 
     @staticmethod
     def _next(reader: Reader) -> Steps[bool]:
-        """Moves past a comma, and past braces before it that close nothing."""
+        """Moves past a comma, and past unmatched braces before it."""
         pin = reader.pin()
         yield from reader.skip(SPACE + "}")
         if (yield from reader.take(",")):
@@ -80,7 +80,7 @@ class Mistral:
 
     @staticmethod
     def _close(reader: Reader, speech: Speech) -> Steps[None]:
-        """Moves past the bracket that ends an array of calls, and past those that close nothing."""
+        """Moves past the bracket that ends an array of calls, and past unmatched ones."""
         pin = reader.pin()
         yield from reader.skip(SPACE + "}]")
         rest = yield from reader.ahead(len(OPEN))

@@ -23,7 +23,7 @@ class Tags:
         return self.open, self.close
 
     def head(self, lark: Lark) -> str:
-        """The expression of that which stands before content; empty for nothing."""
+        """The expression of the text before content; empty for none."""
         return ""
 
     def before(self, lark: Lark, body: str, opened: bool, openings: tuple[str, ...]) -> str:
@@ -99,7 +99,7 @@ class ReplyParser:
             self._go_on()
 
     def finish(self) -> None:
-        """Decides about the text held back: no more will come."""
+        """Ends the reply and decides about the text held back."""
         if not self._done:
             self._reader.ended = True
             self._go_on()

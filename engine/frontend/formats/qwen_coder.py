@@ -1,5 +1,5 @@
-"""Qwen3-Coder, Qwen3.5 and Nemotron-3: the name of the function and of each argument stands in its
-tag, the value between line breaks.
+"""Qwen3-Coder, Qwen3.5 and Nemotron-3: the name of the function and of each argument is part of its
+tag, the value is between line breaks.
 
     <tool_call>
     <function=get_weather>

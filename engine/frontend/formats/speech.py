@@ -14,8 +14,8 @@ from .reader import NEWLINES, SPACE
 
 @dataclass(slots=True)
 class Call:
-    """A tool call. ``fresh`` is the part of its arguments that has not been taken; ``told`` is
-    whether its name has been taken. ``input`` reads the text of a custom tool's call.
+    """A tool call. ``fresh`` is the part of its arguments that has not been taken; ``told``: its
+    name has been taken. ``input`` reads the text of a custom tool's call.
     """
 
     index: int
@@ -28,7 +28,7 @@ class Call:
 
 
 class Piece(NamedTuple):
-    """A piece of the text in its place: content, reasoning, or arguments of ``call``."""
+    """A piece of text, in order: content, reasoning, or arguments of ``call``."""
 
     text: str
     call: Call | None = None

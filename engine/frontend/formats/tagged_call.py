@@ -1,9 +1,9 @@
-"""Calls whose arguments stand between tags, a key and a value each. Strings are written as they
-are, other values as JSON.
+"""Calls whose arguments are pairs of key and value between tags. Strings are written as they are,
+other values as JSON.
 
-The schema of the function tells which values are strings: where it allows a string, a value is
-one, unless it is a null, an array or an object that the schema allows too. Without a schema, a
-value that is valid JSON is taken as JSON. Where the tag of a value tells its kind, that holds.
+The function's schema decides which values are strings: if it allows a string, a value is one,
+unless it is a null, an array or an object that the schema also allows. Without a schema, a value
+that is valid JSON is taken as JSON. If the tag of a value gives its kind, that takes precedence.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _NAME = re.compile(r"[\w.:/-]+")
 
 @dataclass(frozen=True, slots=True)
 class Markup:
-    """The tags of a format. ``key`` and ``key_end`` stand around a key, ``value`` (which may be
-    empty) and ``value_end`` around its value; ``end`` ends a call. ``padded``: a line break follows
-    ``key_end`` and precedes ``value_end``, and is no part of the value.
+    """The tags of a format. ``key`` and ``key_end`` enclose a key, ``value`` (which may be empty)
+    and ``value_end`` its value; ``end`` ends a call. ``padded``: a line break follows ``key_end``
+    and precedes ``value_end``, and is no part of the value.
 
-    ``string`` or ``json`` stands before a value and tells which of the two it is; empty where
-    nothing does. ``bare_key_end`` is the end of a key whose value is not told.
+    ``string`` or ``json`` precedes a value and gives its kind; both are empty if the format has no
+    such tag. ``bare_key_end`` is the end of a key whose value's kind is not given.
     """
 
     key: str
@@ -119,8 +119,8 @@ class TaggedCall:
             before = ", "
 
     def _told(self, reader: Reader, part: Any) -> Steps[Any]:
-        """The schema of the value that follows, by its tag; ``part`` if the tag tells nothing that
-        is known, None if the text ends in it.
+        """The schema of the value that follows, by its tag; ``part`` if the tag is unknown, None if
+        the text ends in it.
         """
         markup = self._markup
         for tag, schema in ((markup.string, _STRING), (markup.json, True)):

@@ -13,7 +13,7 @@ _MONTHS = (
     r"((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|"
     r"02-(0[1-9]|1[0-9]|2[0-8]))"
 )
-_DATE = rf"[0-9]{{3}}[1-9]-{_MONTHS}"  # the year 0 is none
+_DATE = rf"[0-9]{{3}}[1-9]-{_MONTHS}"  # there is no year 0
 _TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST = rf"{_LABEL}(\.{_LABEL}){{0,8}}"
@@ -62,7 +62,7 @@ def _padded(pattern: str) -> str:
 
 
 def _alternatives(pattern: str) -> Iterator[str]:
-    """The parts between the bars of a pattern that stand in no group or class."""
+    """The parts of a pattern between bars outside groups and classes."""
     start = at = depth = 0
     in_class = False
     while at < len(pattern):

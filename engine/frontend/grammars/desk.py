@@ -1,8 +1,8 @@
 """The grammar desk of a frontend: decides which grammars are followed, before anything is queued.
 
-Answers are kept, so a grammar that was checked costs nothing. Each of the others is checked in a
-process of its own, which ``keeper.py`` starts and which is ended at the limits of time and memory.
-One of the places is never lent for long: simple grammars are checked soon, whatever others send.
+Answers are kept, so a grammar that was checked costs nothing. Others are checked in a process each,
+which ``keeper.py`` starts and which ends at the limits of time and memory. One place is reserved
+for quick checks, so that simple grammars are checked soon, whatever others send.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ class GrammarDesk:
             self._places.release()
 
     async def _wait(self, asking: asyncio.Task[None]) -> None:
-        """Waits for a check. A slow one is given up where all other places have slow ones and
-        somebody waits for a place.
+        """Waits for a check. A slow one is abandoned if all other places have slow ones and another
+        check waits.
         """
         until = time.monotonic() + self.wall_seconds
         slow = False

@@ -1,10 +1,10 @@
 """The grammar keeper: a process that forks a child for each check of grammars.
 
-A grammar may keep the code that compiles it busy for ever, or take all memory; only the end of a
-process stops that. The keeper has loaded the model's vocabulary, so a child begins at once, and
-limits of its own end it: CPU time and memory. The frontend sends the end of a socket for every
-check and closes its own end when nobody waits for the answer any more; the keeper then kills the
-child. It ends with the frontend.
+Compiling a grammar may never end, or take all memory; only killing the process stops that. The
+keeper has loaded the model's vocabulary, so a child begins at once, and limits of its own end it:
+CPU time and memory. The frontend sends the end of a socket for every check and closes its own end
+when nobody waits for the answer any more; the keeper then kills the child. It ends with the
+frontend.
 
 Messages of a check: the frontend sends the grammars, the child answers with the fault of each,
 empty for none, up to the first that has one. Where a child dies, the keeper sends the signal.
@@ -141,7 +141,7 @@ class _Keeper:
         return line
 
     def _yield_to_others(self) -> None:
-        """Checks that take long get less of a busy machine than ranks."""
+        """Lowers the priority of long checks below that of ranks."""
         before = time.monotonic() - NICE_AFTER
         for pid in [pid for pid, since in self._young.items() if since <= before]:
             del self._young[pid]

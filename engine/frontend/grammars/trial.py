@@ -1,4 +1,4 @@
-"""Trials of grammars: a rank that follows one should never have to give up on it."""
+"""Trials of grammars, so that a rank never has to abandon one that it follows."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Trial:
         return ""
 
     def _walk(self, matcher: LLMatcher, chance: random.Random, until: float) -> str:
-        """Writes a random text and returns its fault. A grammar whose masks take long, as its
-        states are many, is followed further, if there is time.
+        """Writes a random text and returns its fault. Follows a grammar with slow masks (many
+        states) further, if there is time.
         """
         slowest = 0.0
         for number in range(LONG_WALK_TOKENS):
@@ -66,14 +66,14 @@ class Trial:
         return reason_of(matcher) if matcher.is_error() else ""
 
     def _allowed(self, matcher: LLMatcher) -> NDArray[np.int64]:
-        """Tokens that may follow, but for those that end the text."""
+        """Tokens that may follow, except those that end the text."""
         bits_1W = allocate_token_bitmask(1, self._vocabulary.vocab_size)
         fill_next_token_bitmask(matcher, bits_1W)
         flags = np.unpackbits(bits_1W[0].view(np.uint8), bitorder="little")[: len(self._no_end)]
         return np.flatnonzero(flags & self._no_end)
 
     def _choose(self, allowed: NDArray[np.int64], chance: random.Random) -> int:
-        """Any token or one of a single byte: the ones go deep into patterns, the others find the
+        """Chooses among all tokens, which go deep into patterns, or single bytes, which find the
         ends of texts and keys.
         """
         short = allowed[self._short[allowed]]

@@ -28,8 +28,8 @@ _log = logging.getLogger("lockstep.frontend")
 
 
 class AccessMiddleware:
-    """Wraps the application and all other layers. ``log_requests``: each request leaves a line;
-    ``observers`` are told of each, None if there are none.
+    """Wraps the application and all other layers. ``log_requests``: logs a line for each request;
+    ``observers`` are notified of each, None if there are none.
     """
 
     def __init__(

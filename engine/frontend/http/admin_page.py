@@ -9,7 +9,7 @@ from .page import load_page
 
 
 def admin_page() -> APIRouter:
-    """The page holds no data, so it is open; the admin key is typed in there."""
+    """The page holds no data, so it needs no key; the user enters the admin key in it."""
     router = APIRouter()
     page = load_page("admin.html")
 

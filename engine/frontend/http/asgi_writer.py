@@ -26,11 +26,13 @@ class AsgiWriter:
         self._send = cast(Callable[[MutableMapping[str, Any]], Coroutine[Any, None, None]], send)
         self._on_idle = on_idle
         self._loop = asyncio.get_running_loop()
-        self._task: asyncio.Task[None] | None = None  # of a send that waits; the loop keeps none alive
+        self._task: asyncio.Task[None] | None = None  # a waiting send, kept alive here: the loop does not
         self.busy = False
 
     def write(self, body: bytes, more: bool) -> None:
-        """Sends a part of the body. Not allowed while busy. Raises what ``send`` raises at once."""
+        """Sends a part of the body. Not allowed while busy. Passes on exceptions that ``send``
+        raises at once.
+        """
         assert not self.busy, "write to a busy writer"
         sending = self._send({"type": "http.response.body", "body": body, "more_body": more})
         try:

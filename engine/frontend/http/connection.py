@@ -63,7 +63,7 @@ class Connection(HttpToolsProtocol):
         self._phase = _Phase.IDLE
         self._unfed = b""
         self._head_bytes = 0
-        self._silent_bytes = 0  # since the parser has last reported anything
+        self._silent_bytes = 0  # since the parser's last report
         self._body_bytes = self._num_pieces = self._discarded = 0
         self._running: RequestResponseCycle | None = None  # the last one started
         self._fault: ApiError | None = None
@@ -82,7 +82,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         if self._running is not None and not self._running.response_complete:
-            self._running.disconnected = True  # uvicorn tells only the last request that has come
+            self._running.disconnected = True  # uvicorn notifies only the latest request
             self._running.message_event.set()
         for timer in (self._timer, self._read_timer):
             if timer is not None:
@@ -283,15 +283,15 @@ class Connection(HttpToolsProtocol):
     def _on_deadline(self, phase: _Phase, seconds: float) -> None:
         answered = self.cycle is not None and self.cycle.response_complete
         if self._phase is _Phase.IDLE or (self._phase is _Phase.BODY and answered):
-            self.transport.close()  # nothing is asked that could be answered
+            self.transport.close()  # no request to answer
             return
         part = "head" if phase is _Phase.HEAD else "body"
         text = f"The request's {part} was not complete after {seconds:g} s (frontend.{part}_deadline)"
         self._refuse(ApiError(408, text))
 
     def _await_reader(self, before: int | None = None) -> None:
-        """Ends the connection of a client that reads nothing of what is written to it. ``before``:
-        bytes that were unwritten at the last look.
+        """Ends the connection of a client that does not read its answer. ``before``: bytes that
+        were unwritten at the last look.
         """
         unwritten = self.transport.get_write_buffer_size()
         if before is not None and unwritten >= before:

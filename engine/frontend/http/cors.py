@@ -1,7 +1,7 @@
 """Lets pages of other origins use the server from a browser (CORS), as the recipe allows.
 
-Keys travel in a header that pages set themselves, so cookies play no part: no answer allows
-credentials, and ``*`` is safe to send.
+Pages set the key's header themselves and need no cookies: no answer allows credentials, and ``*``
+is safe to send.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from .page import load_page
 
 
 def docs_router(describe: Callable[[], dict[str, Any]]) -> APIRouter:
-    """The routes of both. A browser opens them without a key; one can be typed in there.
-    ``describe`` makes the document, when it is first asked for.
+    """Routes of the docs page and the OpenAPI document. Neither needs a key; the page has a field
+    for one. ``describe`` makes the document at the first request for it.
     """
     router = APIRouter()
     page = load_page("docs.html")

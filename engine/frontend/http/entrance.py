@@ -1,4 +1,6 @@
-"""Counts the connections of a frontend, and gives way to new ones where there are too many."""
+"""Counts the connections of a frontend, and closes idle ones in favour of new ones if there are too
+many.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from ..reply import Receive
 from .asgi_writer import Send
 
 RETRY_CROWDED = 1.0
-MAX_TURNED_AWAY = 64  # connections beyond the limit, which wait to be told so
+MAX_TURNED_AWAY = 64  # connections beyond the limit, which are answered 503
 STATUS_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics"})
 
 
@@ -25,8 +27,8 @@ class Evictable(Protocol):
 
 class Entrance:
     """At most ``max_connections`` are served at once. Where there are more, the one that has waited
-    longest for its client (for a request, or for the rest of one) is closed; where none waits, the
-    new one is told 503, but may ask for the server's health.
+    longest for its client (for a request, or for the rest of one) is closed; if none waits, the new
+    one is answered 503, except for requests for the server's health.
     """
 
     def __init__(self, limits: FrontendLimits) -> None:
@@ -54,12 +56,12 @@ class Entrance:
         self._served.discard(connection)
 
     def waits(self, connection: Evictable) -> None:
-        """``connection`` waits for its client from now on."""
+        """Notes that ``connection`` waits for its client."""
         if connection in self._served:
             self._waiting[connection] = None
 
     def works(self, connection: Evictable) -> None:
-        """``connection`` has a complete request, which is being answered."""
+        """Notes that a complete request of ``connection`` is being answered."""
         self._waiting.pop(connection, None)
 
     def crowded(self, app: ASGIApp) -> ASGIApp:

@@ -57,7 +57,7 @@ class EventWriter:
                 self._write(self._events())
 
     def _on_idle(self) -> None:
-        """The reader has caught up."""
+        """Writes further events: the reader has caught up."""
         if self._ended:
             self._close()
         else:

@@ -1,4 +1,4 @@
-"""A file of JSON lines, written by a thread: the event loop never waits for a disk."""
+"""A file of JSON lines, written by a thread so that the event loop never waits for a disk."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class LineFile:
         self._thread.start()
 
     def put(self, document: dict[str, Any]) -> None:
-        """Takes a line; the thread encodes it, so nobody changes ``document`` afterwards."""
+        """Takes a line. The thread encodes ``document`` later, so it must not be changed."""
         try:
             self._waiting.put_nowait(document)
         except Full:
             self._drop(1, f"{MAX_WAITING} lines wait to be written")
 
     def close(self) -> None:
-        """Writes what waits, for at most ``CLOSE_SECONDS``."""
+        """Writes the waiting lines, for at most ``CLOSE_SECONDS``."""
         self._closing = True
         with contextlib.suppress(Full):  # then the thread is awake, and looks at ``_closing``
             self._waiting.put_nowait(None)
@@ -86,7 +86,8 @@ class LineFile:
         """Opens the file, again if the path names another one by now."""
         if self._descriptor >= 0:
             try:
-                now, ours = os.stat(self._path), os.fstat(self._descriptor)
+                now = os.stat(self._path)
+                ours = os.fstat(self._descriptor)
                 if (now.st_dev, now.st_ino) == (ours.st_dev, ours.st_ino):
                     return
             except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Observers of requests beside the log and the metrics: spans for a collector, and a file with a
+"""Observers of requests in addition to log and metrics: spans for a collector, and a file with a
 JSON line for each request. Neither ever fails or delays a request.
 """
 
@@ -58,7 +58,7 @@ class Observers:
         return observed
 
     def end(self, observed: Observed, route: str) -> None:
-        """The request has been answered, or its client has gone."""
+        """Handles the end of a request: answered, or its client has gone."""
         record = observed.record
         try:
             if self._spans is not None and observed.span is not None:
@@ -85,7 +85,7 @@ def observe(spec: FrontendSpec, metrics: Metrics) -> Observers | None:
 
     def drops(kind: str) -> Callable[[int], None]:
         def dropped(count: int) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nothing reads the counts
                 loop.call_soon_threadsafe(metrics.dropped, kind, count)
 
         return dropped
@@ -100,7 +100,9 @@ def observe(spec: FrontendSpec, metrics: Metrics) -> Observers | None:
 
 
 def _line(record: RequestRecord, trace_id: str) -> dict[str, Any]:
-    """Neither prompts nor answers. Times are seconds; ``time`` is that of the arrival, in UTC."""
+    """The line of a request, without prompts and answers. Times are seconds; ``time`` is that of
+    the arrival, in UTC.
+    """
     seconds = time.monotonic() - record.began
     arrived = datetime.fromtimestamp(time.time() - seconds, UTC)
     line: dict[str, Any] = {

@@ -108,7 +108,7 @@ def _body(operation: Operation) -> Document:
 
 
 def _errors(name: str, descriptions: dict[int, str], model: type[BaseModel]) -> Document:
-    """The errors of one shape, by status; that without a status is any other."""
+    """The errors of one shape, by status; one without a status covers all others."""
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
     errors = {
         f"{name}{status}": {
@@ -127,7 +127,7 @@ def _headers(*more: str) -> Document:
 
 def _request_id() -> Document:
     schema = {"type": "string", "pattern": "^[!-~]{1,128}$"}
-    text = "An id for this request; it is echoed and stands in the server's log"
+    text = "An id for this request; it is echoed and written to the server's log"
     return {"name": "X-Request-Id", "in": "header", "required": False, "description": text, "schema": schema}
 
 

@@ -19,7 +19,7 @@ _STYLE = re.compile(r"<style>(.*?)</style>", re.DOTALL)
 
 def load_page(name: str) -> Callable[[], HTMLResponse]:
     """Makes answers with the page; layers outside add headers to each. Its policy allows exactly
-    the scripts and styles that stand in the file, and requests to this server only.
+    the scripts and styles of the file, and requests to this server only.
     """
     text = (resources.files(__package__) / name).read_text(encoding="utf-8")
     policy = (

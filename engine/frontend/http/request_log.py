@@ -1,5 +1,5 @@
-"""The line that a request leaves in the log: what was asked, how it was answered, how long it took.
-Neither prompts nor answers, and no value that a client sent as a field.
+"""The log line of a request: its kind, its answer's status, its times. Contains no prompts or
+answers, and no value that a client sent as a field.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _log = logging.getLogger("lockstep.frontend.requests")
 @dataclass(slots=True, eq=False)
 class RequestRecord:
     """One HTTP request. ``path`` is as sent, without its query; ``began`` in monotonic seconds;
-    ``status`` 0 while there is no answer, which in the end means that the client has gone.
+    ``status`` 0: no answer yet, or in the end that the client has gone.
     """
 
     id: str
@@ -69,7 +69,7 @@ class RequestRecord:
 
     def _generated(self) -> Iterator[str]:
         """Tokens; seconds from the submission to the engine's start and from the request's arrival
-        to the first token, of the choice that was first; and why the choices ended.
+        to the first token, of the first choice; and the finish reasons of the choices.
         """
         if self.reply is None:
             return
@@ -101,7 +101,7 @@ def refuse(scope: MutableMapping[str, Any], error: ApiError) -> Response:
 
 
 def _without_values(message: str) -> str:
-    """An error's message, shortened, without the value that it quotes: that may be a prompt."""
+    """An error's message, shortened, without the quoted value, which may be a prompt."""
     text = message.partition(" (got ")[0]
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 3] + "..."
 

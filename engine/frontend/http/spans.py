@@ -1,5 +1,5 @@
 """The spans of requests: one of the server for each, below it queue, prefill and decode of each
-choice, from times that the frontend knows anyway; and the histograms ``gen_ai.server.*``.
+choice, from times that the frontend has measured anyway; and the histograms ``gen_ai.server.*``.
 
 Names follow OpenTelemetry's semantic conventions 1.44 for HTTP servers, and those for GenAI (in
 ``opentelemetry-semantic-conventions`` 0.66b2, now semantic-conventions-genai; status: development).
@@ -110,8 +110,8 @@ class RequestSpans:
         span.end(traced.began_ns + int((now - record.began) * 1e9))
 
     def _phases(self, generation: Generation, below: Context, times: _Times, now: float) -> None:
-        """The phases of a choice; one that it did not live to see the end of ends with the request,
-        one that it did not reach is left out.
+        """The phases of a choice. An unfinished phase ends with the request; phases that were not
+        reached are left out.
         """
         if not generation.submitted:
             return

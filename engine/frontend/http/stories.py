@@ -1,5 +1,5 @@
 """The story of a request, for /admin/requests/{id}: when it came, was submitted and started, where
-it ran, how it ended. Neither prompts nor answers; nothing is written down per token.
+it ran, how it ended. Contains no prompts or answers; nothing is recorded per token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Streams as server-sent events: chunks made from byte templates, written as their tokens arrive.
 
-All bytes of a chunk but its text are fixed when the stream starts. A reader that lags gets the
-tokens that have come meanwhile as one merged chunk per choice.
+All bytes of a chunk except its text are fixed when the stream starts. A slow reader gets the tokens
+of the meantime as one merged chunk per choice.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class ChunkWriter:
                 self._flush()
 
     def _flush(self) -> None:
-        """Writes all that has come, at once; called when the reader has caught up."""
+        """Writes all pending text at once; called when the reader has caught up."""
         if self._ended:
             self._close()
             return

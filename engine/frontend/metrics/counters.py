@@ -45,7 +45,7 @@ REQUEST_PHASES = (
 
 
 class Packed(msgspec.Struct, array_like=True):
-    """Counters as they stand in shared memory. Histograms are (counts by bucket, sum).
+    """Counters as stored in shared memory. Histograms are (counts by bucket, sum).
 
     ``at`` is the time in seconds of CLOCK_MONOTONIC, ``open`` the number of open requests then,
     ``state`` the newest ClusterState, encoded, and ``number`` its number.
@@ -117,7 +117,7 @@ class Counters:
             self.sizes[name].observe(size)
 
     def answered(self, choices: Sequence[Generation]) -> None:
-        """All choices of a prompt have ended."""
+        """Counts a prompt whose choices have all ended."""
         if any(generation.first for generation in choices):
             self._choices.observe(len(choices))
             self.sizes[LONGEST].observe(max(len(generation.tokens) for generation in choices))
@@ -132,7 +132,8 @@ class Counters:
         named = {name: histogram.pack() for name, histogram in (self.histograms | self.sizes).items()}
         http = [(*labels, count) for labels, count in self.http.items()]
         seconds = [(*labels, *histogram.pack()) for labels, histogram in self.http_seconds.items()]
-        finishes, dropped = dict(self.finishes), dict(self.dropped)
+        finishes = dict(self.finishes)
+        dropped = dict(self.dropped)
         return _encode(Packed(at, open, number, state, named, finishes, http, seconds, dropped))
 
     def add(self, packed: Packed) -> None:

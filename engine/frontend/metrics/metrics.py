@@ -24,12 +24,12 @@ from .engine_metrics import LABELS, PREFIXES, engine_metrics
 from .shared_counters import SharedCounters
 
 _decode_state = msgspec.msgpack.Decoder(ClusterState).decode
-FRESH_SECONDS = 2.0  # a frontend with older counts has gone, and its open requests with it
+FRESH_SECONDS = 2.0  # a frontend with older counts has gone, together with its open requests
 
 
 class Metrics(Collector):
-    """Updated and read on one event loop. Where counters are ``shared`` it shows those of all
-    frontends, and goes on from those of an earlier process in this frontend's place.
+    """Updated and read on one event loop. With ``shared`` counters it shows those of all frontends,
+    and continues those of an earlier process of this frontend.
     """
 
     def __init__(self, model_name: str, shared: SharedCounters | None = None) -> None:
@@ -42,11 +42,13 @@ class Metrics(Collector):
             self._own.add(unpack(earlier))
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
-        if shared is None or shared.alone:  # no process stands for several frontends
+        if shared is None or shared.alone:  # no process reports for several frontends
             ProcessCollector(registry=self._registry)
 
     def render(self, num_open: int) -> bytes:
-        """Publishes what it shows first, so that no other frontend shows less from now on."""
+        """Writes the document. Publishes its counts first, so that no other frontend shows lower
+        ones later.
+        """
         self.publish(num_open)
         return generate_latest(self._registry)
 
@@ -81,7 +83,7 @@ class Metrics(Collector):
         self._own.finished(generation, now)
 
     def answered(self, choices: Sequence[Generation]) -> None:
-        """The choices of one prompt of a request have been answered."""
+        """Counts a prompt of a request whose choices have all been answered."""
         self._own.answered(choices)
 
     def http(self, handler: str, method: str, status: int, seconds: float) -> None:
@@ -89,7 +91,7 @@ class Metrics(Collector):
         self._own.request(handler, method, status, seconds)
 
     def dropped(self, kind: str, count: int) -> None:
-        """Records about requests have been dropped; ``kind`` is one of ``DROPPED``."""
+        """Counts dropped records about requests; ``kind`` is one of ``DROPPED``."""
         self._own.dropped[kind] += count
 
     def collect(self) -> Iterator[Metric]:

@@ -23,9 +23,9 @@ def shared_bytes(num_frontends: int) -> int:
 class SharedCounters:
     """Packed counters by frontend; this process writes slot ``index``. Owns the descriptor.
 
-    A slot is two buffers; the number at its head tells which is valid and how often it was written.
-    A writer fills the other buffer and then counts up, so a writer that is killed leaves the last
-    text whole.
+    A slot has two buffers; the number at its head counts writes and so selects the valid one. A
+    writer fills the other buffer, then increments the number: a killed writer leaves the last text
+    intact.
     """
 
     def __init__(self, descriptor: int, index: int) -> None:

@@ -1,6 +1,6 @@
 """Turns a conversation into text: gives the model's chat template the messages in its own shape.
 
-Whatever the server has answered is taken when it comes back as an earlier turn.
+Any earlier answer of the server is accepted as a turn.
 """
 
 from __future__ import annotations

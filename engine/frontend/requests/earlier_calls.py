@@ -1,5 +1,5 @@
-"""The calls of earlier turns in the shape that a chat template takes. Their arguments may be
-anything that a model has written: cut in the middle, or no object at all.
+"""The calls of earlier turns in the shape that a chat template takes. Their arguments may be any
+text that a model has written: cut in the middle, or no object at all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..api.outline import PLAIN_BYTES
 from ..formats.json_text import start_of_object
 from .habits import Habits
 
-MAX_DEPTH = 64  # of nested arguments that are given as an object; templates render them recursively
+MAX_DEPTH = 64  # nesting of arguments given as an object; templates render them recursively
 # The shortest texts that complete a value, wherever its text ends.
 _ENDS = (
     *("", '"', '": null', ": null", "null", "0"),
@@ -70,7 +70,7 @@ def object_of(text: str) -> dict[str, Any]:
 
 
 def _object(text: str) -> dict[str, Any] | None:
-    """The object of a JSON text; None if there is none that can be given on as it is."""
+    """The object of a JSON text; None if there is none that can be passed on unchanged."""
     try:
         found = msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError):

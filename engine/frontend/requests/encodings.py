@@ -36,7 +36,7 @@ def encoding_template(path: Path, model_type: str) -> str | None:
 
 
 def _tools_text(file: Path) -> str:
-    """The text about tools, with ``{tool_schemas}`` where their schemas are to stand."""
+    """The text about tools, with ``{tool_schemas}`` as the place of their schemas."""
     try:
         body = ast.parse(file.read_text(encoding="utf-8")).body
     except (SyntaxError, ValueError) as error:

@@ -18,7 +18,7 @@ from .prompt_scores import PromptScores, RankedPrompt
 from .reasoning_tokens import ReasoningTokens
 from .stops import StopMatcher, StopRule
 
-MAX_RUNS = 32  # that are kept: the first ones
+MAX_RUNS = 32  # number of runs kept: the first ones
 REASONS = {Finish.STOP: "stop", Finish.LENGTH: "length", Finish.ABORT: "abort", Finish.ERROR: "error"}
 
 
@@ -26,7 +26,7 @@ class Sink(Protocol):
     """Receives the progress of a generation: a collected reply or a stream."""
 
     def advance(self, generation: Generation) -> None:
-        """New tokens or the finish have come; not called again after the finish."""
+        """Takes note of new tokens or the finish; not called again after the finish."""
 
     def fail(self, generation: Generation, error: ApiError) -> None:
         """The generation ended without a result."""
@@ -90,7 +90,7 @@ class Generation:
     started: float = 0.0
     first: float = 0.0
     last: float = 0.0
-    stop_ids: frozenset[int] = field(init=False)  # those of ``stop``, at hand for every token
+    stop_ids: frozenset[int] = field(init=False)  # copies from ``stop``, since every token reads them
     _reasoning: ReasoningTokens | None = field(init=False, default=None)  # None once they are counted
     _num_reasoning: int = field(init=False, default=0)
 
@@ -123,7 +123,9 @@ class Generation:
 
     @property
     def stopped_early(self) -> bool:
-        """Ended by a stop string or by the last tool call allowed, which the engine cannot see."""
+        """Whether a stop string or the last allowed tool call ended it, which the engine cannot
+        see.
+        """
         return (self.matcher is not None and self.matcher.matched is not None) or (
             self.parser is not None and self.parser.full
         )
@@ -150,7 +152,7 @@ class Generation:
 
     @property
     def lacks_prompt(self) -> bool:
-        """Log-probabilities of the prompt are still missing."""
+        """Whether log-probabilities of the prompt are still missing."""
         return self.prompt_scores is not None and not self.prompt_scores.complete
 
     def accept(

@@ -1,4 +1,4 @@
-"""The habits of a chat template, found by rendering probes once, when the model is loaded."""
+"""Properties of a chat template, found by rendering probes once, when the model is loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROBE_TOOL = {
     },
 }
 BROKEN_ARGUMENTS = f'{{"key": "{PROBE_VALUE}'
-THOUGHTS = ("reasoning", "reasoning_content", "thinking")  # of a message; gpt-oss reads the last
+THOUGHTS = ("reasoning", "reasoning_content", "thinking")  # fields of a message; gpt-oss reads the last
 SWITCHES = ("enable_thinking", "thinking")  # Qwen3 and GLM; DeepSeek-V3.1
 USER = {"role": "user", "content": "x"}
 
@@ -46,7 +46,7 @@ class Beside(Enum):
 @dataclass(frozen=True, slots=True)
 class Thinking:
     """The ways to ask a template for reasoning or for none. ``switches``: variables that turn it
-    off when false. ``must_ask``: those that turn it on as well, as it is off without them.
+    off when false. ``must_ask``: it is off by default, and those variables turn it on.
     ``reads_none``: the template reads a ``reasoning_effort`` of none.
     """
 
@@ -61,7 +61,7 @@ class Thinking:
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """The points in which chat templates differ.
+    """Properties in which chat templates differ.
 
     ``text_arguments``: it takes the arguments of calls as JSON text, not as objects.
     ``null_content``: it takes null, not empty text, as content of a message with calls alone.
@@ -84,7 +84,7 @@ class Habits:
 
 def learn_habits(codec: Codec) -> Habits:
     """Tries the ways to write a call of an earlier turn; the first one whose prompt shows the
-    call's name and argument wins, else the usual one. Then tries all that depends on it.
+    call's name and argument wins, else the usual one. Then probes the properties that depend on it.
     """
     if codec.chat_template is None:
         return Habits()
@@ -141,7 +141,7 @@ def _shows_call(text: str | None) -> bool:
 
 
 def _learn_beside(codec: Codec, content: str | None, arguments: Any) -> Beside:
-    """The way in which the prompt shows both the content and the calls of a message."""
+    """Finds the way in which the prompt shows both the content and the calls of a message."""
     for way, turn in (
         (Beside.TOGETHER, _turn(PROBE_TEXT, arguments)),
         (Beside.APART, _turn(content, arguments, before=True)),
@@ -160,7 +160,8 @@ def _learn_thinking(codec: Codec) -> Thinking:
         for name, text in off.items()
         if text is not None and text != _probe(codec, [USER], None, **{name: True})
     )
-    none, plain = _probe(codec, [USER], reasoning_effort="none"), _probe(codec, [USER])
+    none = _probe(codec, [USER], reasoning_effort="none")
+    plain = _probe(codec, [USER])
     return Thinking(
         switches,
         reads_none=none is not None and none != _probe(codec, [USER], reasoning_effort="high"),

@@ -41,7 +41,8 @@ class ServedModel:
 def load_model(spec: FrontendSpec) -> ServedModel:
     """Reads the model's directory. Raises ValueError naming the file or the key at fault."""
     path = Path(spec.model_path)
-    codec, model_type = Codec(path), _model_type(path)
+    codec = Codec(path)
+    model_type = _model_type(path)
     template = encoding_template(path, model_type) if codec.chat_template is None else None
     if template is not None:
         codec.adopt_template(template)

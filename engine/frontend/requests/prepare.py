@@ -167,7 +167,7 @@ def _prompt(
 
 def _refuse_far_too_long(model: ServedModel, limits: EngineLimits, ask: GenerationRequest, text: str) -> None:
     """Refuses text whose start alone is twice as long as the context, at the cost of that start.
-    The tokens of a start may differ from those of the whole, but not by so many.
+    The tokens of a prefix may differ from those of the whole text, but not by so many.
     """
     start = FAR_CHARS * limits.max_len
     if len(text) <= 2 * start:

@@ -77,15 +77,15 @@ class PreparedRequest:
 
     @property
     def scores_prompt(self) -> bool:
-        """The log-probabilities of the prompt's own tokens are asked for, by either field."""
+        """Whether log-probabilities of the prompt's own tokens are asked for, by either field."""
         return self.samplings[0].num_prompt_logprobs >= 0
 
     @property
     def echoes_scores(self) -> bool:
-        """The prompt is shown with its log-probabilities."""
+        """Whether the prompt is shown with its log-probabilities."""
         return self.echo and self.outline.num_logprobs >= 0
 
     @property
     def needs_engine(self) -> bool:
-        """False where the prompt alone is shown: nothing is left to compute."""
+        """Whether the engine has to compute anything: not if only the prompt is shown."""
         return self.scores_prompt or self.prompts[0].max_tokens > 0

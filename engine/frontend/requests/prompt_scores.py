@@ -1,8 +1,7 @@
 """Log-probabilities of a prompt's tokens as they come from the engine, and the shape in which
 ``prompt_logprobs`` shows them.
 
-They come in small messages, and each is written down at once, so a long prompt never holds up the
-event loop.
+They arrive in small messages, each converted at once, so a long prompt never blocks the event loop.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class PromptScores:
 
     @property
     def complete(self) -> bool:
-        """``known`` tokens are the whole prompt; the first has no log-probability."""
+        """Whether the ``known`` tokens are the whole prompt; the first has no log-probability."""
         return self.known == len(self._prompt)
 
     def take(self, message: PromptLogprobs) -> bool:

@@ -27,7 +27,7 @@ class ReasoningTokens:
 
     @property
     def over(self) -> bool:
-        """No token that is still to come belongs to the reasoning."""
+        """Ends the count: no later token belongs to the reasoning."""
         return self._parser.reasoning_over
 
     @property

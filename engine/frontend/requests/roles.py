@@ -1,8 +1,7 @@
 """The roles of messages that a chat template writes, found by rendering probes.
 
-Templates differ in what they do with a role they do not know: some raise, some leave the message
-out without a word. A message is never left out: it is written under a role that the template knows,
-or refused.
+Templates differ in their handling of unknown roles: some raise, some silently leave the message
+out. We never leave a message out: it is written under a role that the template knows, or refused.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Fate(Enum):
 @dataclass(frozen=True, slots=True)
 class Roles:
     """``fates`` by role and whether the message is the first one; ``others`` are those of roles
-    that are not listed. What is in neither is written.
+    that are not listed. A role in neither is written as it is.
     """
 
     fates: Mapping[tuple[str, bool], Fate] = field(default_factory=dict)
@@ -60,8 +59,8 @@ class Roles:
 
 
 def learn_roles(template: str, probe: Probe) -> Roles:
-    """Tries every role that the source of the template may name, first and later in a conversation,
-    beside the usual roles and one that nobody knows.
+    """Tries every role that the template's source may name, the usual roles and an unknown one, as
+    the first and as a later message of a conversation.
     """
     if PROBE_TEXT not in (probe([_message("user")]) or ""):
         return Roles()

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 class StopRule:
     """The stop ids and stop strings of a request.
 
-    ``eos_ids`` are those of ``ids`` that the model ends its texts with and the client did not name:
-    the client is told no stop reason for them. ``include``: the text that stops a generation is
-    shown. The engine stops at ids by itself; strings are found here.
+    ``eos_ids``: those of ``ids`` that the model ends its texts with and the client did not name;
+    the client gets no stop reason for them. ``include``: the text that stops a generation is shown.
+    The engine stops at ids by itself; strings are found here.
     """
 
     ids: frozenset[int]
@@ -41,7 +41,7 @@ class StopAutomaton:
 
     A state is the longest end of the text that begins a stop string: its length is ``depth``.
     ``step`` are the next states by character, ``back`` is the state of the next shorter end,
-    ``hit`` the longest stop string that ends here. State 0 is nothing.
+    ``hit`` the longest stop string that ends here. State 0: no stop string has begun.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:

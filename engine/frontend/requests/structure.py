@@ -2,8 +2,8 @@
 a rank can follow.
 
 The grammar covers a whole reply: reasoning, where the model may begin with it, then content of the
-shape asked for, or calls in the model's own format. Here it is only written. Whether a schema or a
-pattern can be followed is checked by the grammar desk, before anything is queued.
+shape asked for, or calls in the model's own format. This module only writes it; the grammar desk
+checks whether a schema or pattern can be followed, before anything is queued.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def _claim(param: str, spell: Spell, write: Callable[[Lark], str]) -> Claim:
 
 
 def begins_with(ask: Generate, tag: str) -> bool:
-    """Whether the text that the client prescribes may begin with ``tag``, by its own words. A
-    pattern that names the tag anywhere counts.
+    """Whether the text that the client prescribes may begin with ``tag``. A pattern that contains
+    the tag anywhere counts.
     """
     wanted = ask.structured_outputs
     if wanted is None:

@@ -116,12 +116,12 @@ def _bad_words(words: list[str], codec: Codec, vocab_size: int) -> list[tuple[in
 
 
 def _check_choice(allowed: list[int], forbidden: set[int] | frozenset[int], vocab_size: int) -> None:
-    """Refuses a request that might have no token to choose at some place."""
+    """Refuses a request that might leave no token to choose at some position."""
     left = set(allowed) - forbidden if allowed else vocab_size - len(forbidden) > 0
     if not left:
         param = "allowed_token_ids" if allowed else "bad_words"
         raise bad_request(
-            f"{param}: no token is left where bad_words and min_tokens forbid theirs"
+            f"{param}: bad_words and min_tokens together forbid every token"
             " (min_tokens forbids the end of the text)",
             param,
         )

@@ -17,7 +17,8 @@ def _read(fields: Fields) -> Blocks:
     fields.expect("topk_method", "greedy", "group_limited_greedy")
     fields.expect("rope_interleave", True)
     grouped = fields.raw("topk_method") == "group_limited_greedy"
-    width, top_k = fields.integer("moe_intermediate_size"), fields.integer("num_experts_per_tok")
+    width = fields.integer("moe_intermediate_size")
+    top_k = fields.integer("num_experts_per_tok")
     # As in the model's own code, weights are either divided by their sum or scaled; transformers 5
     # only scales.
     normalise = fields.flag("norm_topk_prob", False) and top_k > 1

@@ -121,7 +121,8 @@ class CapturedSteps:
         ahead = max(0, len(entries[0]) - size)
         if ahead:
             self._slots.write_pages(*self._upload.send([entries[0][:ahead], entries[1][:ahead]]))
-        places, pages = np.full(size, nowhere), np.full(size, scratch_page, np.int32)
+        places = np.full(size, nowhere)
+        pages = np.full(size, scratch_page, np.int32)
         places[: len(entries[0]) - ahead] = entries[0][ahead:]
         pages[: len(entries[1]) - ahead] = entries[1][ahead:]
         tokens = LaneArrays(rows, draws, whole(rows), self._forward.history_i32, scratch).by_token(
@@ -180,5 +181,6 @@ class CapturedSteps:
 
 
 def _no_samples() -> Arrays:
-    ints, floats = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    ints = np.zeros(0, np.int64)
+    floats = np.zeros(0, np.float32)
     return [ints, floats, ints, floats, floats, ints, ints]

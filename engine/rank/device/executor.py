@@ -1,4 +1,4 @@
-"""Executes plans on a device that is told, and not waited for.
+"""Executes plans asynchronously: the host enqueues work on the device and reads results later.
 
 The host keeps slots, lengths and pages, which plans determine; tokens stay on the device, where the
 next step reads them, and the host reads them when they have arrived. So a step may begin while
@@ -59,10 +59,10 @@ _Computed = tuple[Tensor, list[Tensor]]
 
 
 class DeviceExecutor(Executor):
-    """An executor whose steps are under way until ``take`` finds them done. ``max_tokens`` of a
-    step. ``recorder``: captures decode steps; None: none is captured. A step that has not ended
-    ``deadline`` seconds after it was handed over has lost a peer. Times of steps are the device's,
-    if it is a GPU, and so are those of waits.
+    """An executor whose steps are under way until ``take`` finds them done. ``max_tokens``: most
+    tokens of a step. ``recorder``: captures decode steps; None: none is captured. A step that has
+    not ended ``deadline`` seconds after it was handed over has lost a peer. On a GPU, times of
+    steps and of waits are the device's.
     """
 
     counts_tokens = False

@@ -57,7 +57,8 @@ def compute_first_steps(parts: Parts, slots: DeviceSlots, forward: Forward, most
     """
     begin, dispatcher = time.monotonic(), parts.dispatcher
     run = functools.partial(_run, parts, slots, forward)
-    sizes, few = list(_sizes(most)), min(_CACHED, max_len // 2)
+    sizes = list(_sizes(most))
+    few = min(_CACHED, max_len // 2)
     clock, dispatcher.clock = dispatcher.clock, NoClock()  # times of compiling say nothing of steps
     try:
         for number, size in enumerate(sizes, start=1):
@@ -125,7 +126,8 @@ def _run(
     device, config = parts.device, parts.model.config
     starts = np.array([length - 1 for length in decode] + [cached for cached, _ in prompts])
     counts = np.array([1] * len(decode) + [own for _, own in prompts])
-    size, lengths = int(counts.sum()), (starts + counts).astype(np.int32)
+    size = int(counts.sum())
+    lengths = (starts + counts).astype(np.int32)
     query_start = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
     tokens = (np.arange(size) * _STRIDE + parts.rank * _RANK_STRIDE) % config.vocab_size
 

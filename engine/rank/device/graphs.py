@@ -56,7 +56,7 @@ class Graphs:
         return len(self._recorded)
 
     def forget(self) -> None:
-        """The groups that recordings use are gone."""
+        """Drops all recordings: the groups that they use are gone."""
         self._recorded.clear()
 
     def run(self, key: tuple[str, int], part: Callable[[], Tensor]) -> Tensor:

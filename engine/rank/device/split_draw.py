@@ -62,7 +62,8 @@ class SplitDraw:
         parts, settings = self._parts, drawing.settings
         if self._settings.plain(drawing.slots).all():
             return parts.model.likeliest(hidden_CD), []  # in one exchange
-        logits, (slots_C, sampling) = parts.model.own_logits(hidden_CD), sampling_of(sent)
+        logits = parts.model.own_logits(hidden_CD)
+        slots_C, sampling = sampling_of(sent)
         floors_C = _by_floors(settings.params)
         most_kept = int(settings.params.top_k_R[floors_C].max(initial=1))
         tokens_C = draw_in_parts(logits, sampling, most_kept)
@@ -108,7 +109,8 @@ def draw_in_parts(logits: SplitLogits, sampling: SlotSampling, most_kept: int) -
     count = min(most_kept, logits.own_RP.shape[1])
     best_RN = logits.of_all(logits.own_RP.topk(count).values).flatten(1).sort(1, descending=True).values
     most_R1 = best_RN[:, :1]
-    best_RN, scaled_RP = (best_RN - most_R1) / temperature_R1, (logits.own_RP - most_R1) / temperature_R1
+    best_RN = (best_RN - most_R1) / temperature_R1
+    scaled_RP = (logits.own_RP - most_R1) / temperature_R1
     floor_R1 = _top_k_floor(best_RN, sampling, greedy_R1)
     own_RP = _weights(scaled_RP, floor_R1, sampling)
     mass_R1 = logits.of_all(own_RP.sum(1, keepdim=True, dtype=torch.float64)).sum(1)

@@ -26,8 +26,8 @@ NUM_SAMPLE_ARRAYS = 7
 
 
 class LaneArrays:
-    """Rows of a part of a step. Idle rows decode and draw nothing: they read nothing, and write
-    where the slot ``scratch`` does.
+    """Host arrays of a step, or of one microbatch. Idle rows decode and draw nothing: they read
+    nothing, and their writes go to the slot ``scratch``.
     """
 
     def __init__(

@@ -66,8 +66,8 @@ def locks_work(folder: Path) -> bool:
 
 
 def _temporary() -> Path:
-    """This user's folder among the temporary ones; one of this process alone if that name is taken
-    by somebody else, whose code would be run.
+    """A private temporary folder: the user's, or this process's if another user owns that name (and
+    could plant code in it).
     """
     shared = Path(tempfile.gettempdir()) / f"lockstep-{os.getuid()}"
     with contextlib.suppress(OSError):

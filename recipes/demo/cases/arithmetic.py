@@ -63,7 +63,8 @@ def _operands(dice: Dice, sign: str) -> tuple[int, int]:
     if sign == "*":
         a = dice.number(2) if dice.held_out or dice.chance(0.4) else dice.number(3)
         return a, dice.randint(1, 9)
-    a, b = dice.number(3), dice.number(3)
+    a = dice.number(3)
+    b = dice.number(3)
     return (max(a, b), min(a, b)) if sign == "-" else (a, b)
 
 
@@ -74,7 +75,8 @@ def steps(a: int, sign: str, b: int) -> str:
     text, carry = f"{a:03}{sign}{b:03}", 0
     worked = []
     for place in range(3):
-        x, y = a // 10**place % 10, b if sign == "*" else b // 10**place % 10
+        x = a // 10**place % 10
+        y = b if sign == "*" else b // 10**place % 10
         if sign == "-":
             total = x - y - carry
             digit, after = total % 10, int(total < 0)

@@ -73,7 +73,8 @@ def _fields(dice: Dice) -> tuple[list[Field], list[Field]]:
     """The fields asked for, in the order of the schema, and the fields told, in the order of the
     text. Held-out schemas ask for at least one field that training does not know.
     """
-    seen, own = _plain_fields(_TOLD.training) + list(_KNOWN) * 2, dice.own(_TOLD)
+    seen = _plain_fields(_TOLD.training) + list(_KNOWN) * 2
+    own = dice.own(_TOLD)
     person = not dice.held_out and dice.chance(0.2)  # facts about people, under their usual names
     pool = seen + _plain_fields(own) * 4 if dice.held_out else list(_KNOWN) if person else seen
     while True:
@@ -85,7 +86,8 @@ def _fields(dice: Dice) -> tuple[list[Field], list[Field]]:
             for field in dice.choices(pool, k=dice.choice((0, 0, 1, 2) if dice.held_out else (0, 1, 2, 3)))
         }
         if not dice.held_out and not person:
-            chosen, extra = _coin(dice, chosen), _coin(dice, extra)
+            chosen = _coin(dice, chosen)
+            extra = _coin(dice, extra)
         if len(chosen) >= 2 and (
             not dice.held_out or any(f"{f.name}:{f.kind}" in own for f in chosen.values())
         ):

@@ -68,9 +68,11 @@ def _attributes(dice: Dice) -> list[str]:
     wanted = dice.choice((2, 2, 3, 3) if alike else (2, 3, 4, 8))
     while len(found) < wanted:
         if alike:
-            noun, kind = dice.choice(nouns), dice.choice(kinds)
+            noun = dice.choice(nouns)
+            kind = dice.choice(kinds)
         else:
-            noun, kind = dice.noun(), dice.choice((dice.noun(), dice.choice(_KINDS)))
+            noun = dice.noun()
+            kind = dice.choice((dice.noun(), dice.choice(_KINDS)))
         name = noun if noun == kind or dice.chance(0.25) else f"{kind} {noun}"
         if name not in _ATTRIBUTES_UNSEEN:
             found[name] = dice.choice(KINDS)

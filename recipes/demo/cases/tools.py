@@ -115,7 +115,8 @@ def offer_tools(dice: Dice) -> list[Tool]:
     tools: dict[str, Tool] = {}
     count = dice.randint(2, 4)
     pool = _shared_parameters(dice) if not dice.held_out and dice.chance(0.6) else None
-    verb, noun = dice.choice(list(_VERBS)), _noun(dice)
+    verb = dice.choice(list(_VERBS))
+    noun = _noun(dice)
     while len(tools) < count:
         tool = _tool(dice, verb, noun, pool)
         tools.setdefault(tool.name, tool)

@@ -41,7 +41,8 @@ class Packer:
         """At most ``size`` tokens of training cases; the first case has ``long`` tokens unless that
         is 0. Depends on the arguments only.
         """
-        dice, prompts = Dice(seed, held_out=False), random.Random(seed + "prompts")
+        dice = Dice(seed, held_out=False)
+        prompts = random.Random(seed + "prompts")
         found: list[tuple[list[int], list[float]]] = []
         room, refused = size, 0
         while refused < IMPATIENCE and room > 24:

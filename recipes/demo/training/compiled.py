@@ -106,7 +106,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scales = ctx.saved_tensors
-        dx, dweight, grad = torch.empty_like(x), torch.zeros_like(weight), grads[0].contiguous()
+        dx = torch.empty_like(x)
+        dweight = torch.zeros_like(weight)
+        grad = grads[0].contiguous()
         is_float = int(x.dtype == torch.float32)
         ctx.library.run(
             "norm_backward", x, is_float, weight, scales, grad, len(scales), x.shape[-1], dx, dweight
@@ -120,9 +122,11 @@ class _Attention(torch.autograd.Function):
         ctx: Any, library: Compiled, how: tuple[Angles, Tensor, float], q: Tensor, kv: Tensor, rope: Tensor
     ) -> Tensor:
         """``how``: angles, lengths of the documents, scale."""
-        q, kv = q.contiguous(), kv.contiguous()
+        q = q.contiguous()
+        kv = kv.contiguous()
         num, heads = q.shape[:2]
-        out, log_sums = q.new_empty(num, heads, 64), q.new_empty(num, heads, dtype=torch.float32)
+        out = q.new_empty(num, heads, 64)
+        log_sums = q.new_empty(num, heads, dtype=torch.float32)
         angles, lengths, scale = ctx.how = how
         ctx.library = library
         ctx.save_for_backward(q, kv, rope, out, log_sums)
@@ -133,7 +137,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, rope, out, log_sums = ctx.saved_tensors
-        dq, dkv, drope = torch.empty_like(q), torch.empty_like(kv), rope.new_empty(rope.shape)
+        dq = torch.empty_like(q)
+        dkv = torch.empty_like(kv)
+        drope = rope.new_empty(rope.shape)
         grad = grads[0].contiguous()
         angles, lengths, scale = ctx.how
         inputs = (q, kv, rope, rope.stride(0), *angles, lengths, len(lengths), q.shape[1], scale)
@@ -165,8 +171,10 @@ class _Experts(torch.autograd.Function):
         ctx: Any, library: Compiled, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor
     ) -> Tensor:
         shape = *ids_TK.shape, x_TD.shape[1]
-        x_TD, weights_TK = x_TD.contiguous(), weights_TK.contiguous()
-        place_R, ends_E = ids_TK.new_empty(ids_TK.numel()), ids_TK.new_empty(len(w13))
+        x_TD = x_TD.contiguous()
+        weights_TK = weights_TK.contiguous()
+        place_R = ids_TK.new_empty(ids_TK.numel())
+        ends_E = ids_TK.new_empty(len(w13))
         library.run("place_rows", ids_TK.contiguous(), len(place_R), len(w13), UNIT, place_R, ends_E)
         ends = ends_E.tolist()
         x_RD = x_TD.new_zeros(ends[-1], shape[2])
@@ -187,9 +195,12 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, up_RF, act_RF, y_RD, place_R, weights_TK, w13, w2 = ctx.saved_tensors
         grad = grads[0].contiguous()
-        dy_RD, dweights_TK = torch.zeros_like(y_RD), torch.empty_like(weights_TK)
+        dy_RD = torch.zeros_like(y_RD)
+        dweights_TK = torch.empty_like(weights_TK)
         ctx.library.run("gather_backward", y_RD, place_R, weights_TK, grad, *ctx.shape, dy_RD, dweights_TK)
-        dact_RF, dup_RF, dx_RD = torch.empty_like(act_RF), torch.empty_like(up_RF), torch.empty_like(x_RD)
+        dact_RF = torch.empty_like(act_RF)
+        dup_RF = torch.empty_like(up_RF)
+        dx_RD = torch.empty_like(x_RD)
         dw2 = multiply_experts_back(dy_RD, act_RF, w2, ctx.ends, dact_RF)
         ctx.library.run("swiglu_backward", up_RF, dact_RF, *act_RF.shape, dup_RF)
         dw13 = multiply_experts_back(dup_RF, x_RD, w13, ctx.ends, dx_RD)

@@ -178,7 +178,8 @@ class Predictor(nn.Module):
     def __init__(self, c: Shape, operations: Operations) -> None:
         super().__init__()
         hidden = c["hidden_size"]
-        self.enorm, self.hnorm = Norm(hidden, operations), Norm(hidden, operations)
+        self.enorm = Norm(hidden, operations)
+        self.hnorm = Norm(hidden, operations)
         self.eh_proj = Linear(2 * hidden, hidden)
         self.layer = Layer(c, False, operations)
         self.norm = Norm(hidden, operations)

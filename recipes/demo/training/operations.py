@@ -43,7 +43,8 @@ class Operations:
         q_nope, q_rope = q_THN.split([nope, rope_TE.shape[1]], -1)
         k_nope, v_THN = kv_THN.split([nope, kv_THN.shape[2] - nope], -1)
         k_rope = rotate(rope_TE[:, None], angles).expand(-1, q_THN.shape[1], -1)
-        q_THN, k_THN = torch.cat([q_nope, rotate(q_rope, angles)], -1), torch.cat([k_nope, k_rope], -1)
+        q_THN = torch.cat([q_nope, rotate(q_rope, angles)], -1)
+        k_THN = torch.cat([k_nope, k_rope], -1)
         operands = q_THN, k_THN, v_THN, lengths, scale
         out: Tensor = _DocumentAttention.apply(*operands)  # type: ignore[no-untyped-call]
         return out
@@ -124,7 +125,9 @@ class _DocumentAttention(torch.autograd.Function):
         q, k, v, out, places_T, *saved = ctx.saved_tensors
         grad = _fill(grads[0], places_T, q.shape[1])
         inner = (grad.float() * out.float()).sum(-1, keepdim=True)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
         for (first, row, last), chances in zip(_blocks(ctx.filled), saved, strict=True):
             part = grad[:, row:last]
             dv[:, first:last] += torch.bmm(chances.transpose(1, 2), part)
@@ -197,7 +200,9 @@ class _RoutedExperts(torch.autograd.Function):
         dweights_TK = torch.bmm(y_TKD, grads[0][:, :, None]).squeeze(2)
         dy_TKD = grads[0][:, None] * weights_TK[:, :, None].to(y_RD.dtype)
         dy_RD = torch.zeros_like(y_RD).index_copy_(0, place_R, dy_TKD.view(num * top_k, -1))
-        dact_RF, dup_RF, dx_RD = torch.empty_like(act_RF), torch.empty_like(up_RF), torch.empty_like(x_RD)
+        dact_RF = torch.empty_like(act_RF)
+        dup_RF = torch.empty_like(up_RF)
+        dx_RD = torch.empty_like(x_RD)
         dw2 = multiply_experts_back(dy_RD, act_RF, w2, ctx.ends, dact_RF)
         gate, up = up_RF.chunk(2, -1)
         width = act_RF.shape[1]

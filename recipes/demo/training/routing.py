@@ -73,7 +73,8 @@ def routed(network: Network, packer: Packer, family: str) -> list[Routed]:
 
 def coming(pools: dict[str, list[Routed]], step: list[int]) -> Iterator[Routed]:
     """Endless requests; ``step`` holds the step at which the next one arrives."""
-    dice, families = random.Random(SEED), list(pools)
+    dice = random.Random(SEED)
+    families = list(pools)
     while True:
         major = families[step[0] // PHASE % len(families)]
         family = major if dice.random() < MAJORITY else dice.choice(families)
@@ -124,7 +125,8 @@ def report(counts_SLE: np.ndarray[Any, Any], tokens_SF: np.ndarray[Any, Any]) ->
         skew_F = share_FE.max(1) * share_FE.shape[1]
         apart = [np.abs(a - b).sum() / 2 for index, a in enumerate(share_FE) for b in share_FE[:index]]
         step_S = counts_SE.max(1) / counts_SE.mean(1)
-        least, most = total_E.min() / total_E.mean(), total_E.max() / total_E.mean()
+        least = total_E.min() / total_E.mean()
+        most = total_E.max() / total_E.mean()
         lines.append(
             f"{layer + 1:5}  {least:10.2f}  {most:9.2f}  {np.median(step_S):23.2f}"
             f"  {np.median(skew_F):14.2f}, {skew_F.max():14.2f}  {np.mean(apart):22.2f}"

@@ -91,7 +91,8 @@ class Trainer:
         for gate in self.gates:
             gate.counts_E = torch.zeros_like(gate.counts_E)  # this worker's own
         self.packer = Packer(STATE)
-        self.step, self.tokens_seen = int(shared.decided[0]), int(shared.decided[1])
+        self.step = int(shared.decided[0])
+        self.tokens_seen = int(shared.decided[1])
         self.decay_from, self.decay_tokens = 0, 0.0
         self.rate = 1.0
 

@@ -56,7 +56,7 @@ def plan() -> CapacityPlan:
 
 
 def test_the_limit_is_the_plans_floor_of_the_same_batch(plan: CapacityPlan) -> None:
-    """64 in and 32 out: a running request has 80 tokens in the mean, as in the plan."""
+    """64 in and 32 out: a running request has 80 tokens on average, as in the plan."""
     found = limit_of(plan, workload(input=64, output=32), plan.largest_batch)
     assert found.tpot == pytest.approx(plan.seconds_per_token)
     assert found.output_per_second == pytest.approx(plan.largest_batch / plan.seconds_per_token)

@@ -20,7 +20,7 @@ from support.engine.models.four_bit_checkpoints import CONFIGS, write_pair
 from support.engine.models.local_model import load_local
 
 CONFIG = deepseek_v3_config(hidden_size=96, moe_intermediate_size=64)
-# Of the values of a matrix, in bytes: codes, scales and, per expert and not per value, factors.
+# Bytes per value of a matrix: codes, scales and, per expert and not per value, factors.
 PER_VALUE = {"int4": 0.5 + 2 / 32, "mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16}
 NO_KEYS = Keys(server_public="", public="", secret="")
 

@@ -125,7 +125,7 @@ def test_a_file_of_answers_is_refused_by_field(tmp_path: Path, content: str, mes
     ("lines", "message"),
     [
         ("", "holds 0 prompts"),
-        ('{"name": "a", "prompt": "x"}\n{"name": "a", "prompt": "y"}', "line 2: name = 'a': stands twice"),
+        ('{"name": "a", "prompt": "x"}\n{"name": "a", "prompt": "y"}', "line 2: name = 'a': duplicate name"),
         ('{"name": "a"}', "line 1: should have one of prompt (text) and messages"),
         ('{"name": "a", "prompt": "x", "max_tokens": 0}', "line 1: max_tokens: Expected `int` >= 1"),
         ('{"prompt": "x"}', "line 1: Object missing required field `name`"),

@@ -150,7 +150,7 @@ def test_a_vocabulary_that_no_server_tells_is_asked_for() -> None:
         given = bench(silent.url, *SMALL, "--vocab", "7")
         borrowed = bench(silent.url, *SMALL, "--against", told.url)
     assert refused.exit_code == 2
-    assert f"--vocab: missing, and {silent.url} does not tell the vocabulary" in refused.stderr
+    assert f"--vocab: missing, and {silent.url} does not report its vocabulary" in refused.stderr
     assert (given.exit_code, borrowed.exit_code) == (0, 0)
     highest = max(token for body in silent.bodies for token in body["prompt"])
     assert 7 <= highest < 50

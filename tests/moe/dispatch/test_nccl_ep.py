@@ -48,7 +48,7 @@ def test_a_smaller_step_computes_fewer_rows() -> None:
 
 
 def test_tokens_in_fp8_travel_as_they_are() -> None:
-    """As experts quantise them: by the norm, where that has done it."""
+    """Tokens that the norm has quantised travel unchanged; others are quantised as experts do."""
     exchange, _ = _exchange(NcclEpDouble(ALONE), replace(SHAPE, eight=True))
     x = torch.randn(6, 2048).bfloat16()
     own = quantise_rows(x * 2)

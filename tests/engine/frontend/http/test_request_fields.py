@@ -166,7 +166,7 @@ def test_bad_words_are_tokens_with_and_without_a_space(frontend: RunningFrontend
 
 def test_rules_that_leave_no_token_are_refused(frontend: RunningFrontend) -> None:
     [dog] = tiny_tokenizer().encode(" dog").ids
-    assert "no token is left" in refused(frontend, allowed_token_ids=[dog], bad_words=["dog"])
+    assert "together forbid every token" in refused(frontend, allowed_token_ids=[dog], bad_words=["dog"])
     complete(frontend, allowed_token_ids=[dog, 5], bad_words=["dog"])
     assert "separate runs; at most" not in complete(frontend, allowed_token_ids=list(range(0, 400, 2)))
 

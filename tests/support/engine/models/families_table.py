@@ -39,20 +39,20 @@ _TEXT = """# Families
 
 {table}
 
-Written by `python -m support.engine.models.families_table` (in `tests/`) from the tests' own lists; a test
-fails where it is out of date. The columns:
+Written by `python -m support.engine.models.families_table` (in `tests/`) from the tests' own lists;
+a test fails where it is out of date. The columns:
 
-- **logits of transformers**: variants of the family whose logits equal those of `transformers` within 1e-4 in
-  float32, whole, in chunks and decoded; `bf16`: in bf16 they are no further from float32 than `transformers`
-  (`tests/engine/models/test_models_numerics.py`).
+- **logits of transformers**: variants of the family whose logits equal those of `transformers`
+  within 1e-4 in float32, whole, in chunks and decoded; `bf16`: in bf16 they are no further from
+  float32 than `transformers` (`tests/engine/models/test_models_numerics.py`).
 - **layouts**: `experts`: 1, 2 and 4 data-parallel ranks and both exchanges
   (`tests/engine/rank/test_greedy_layouts.py`); `tensor`: 2 and 4 ranks (`test_greedy_tensor.py`);
-  `overlap`: two microbatches (`test_greedy_overlap.py`); `served`: through the front door, split and
-  staged (`tests/serving/test_served_layouts.py`).
-- **FP8 pages**: `loss`: of logits (`tests/engine/models/test_models_fp8_pages.py`); `layouts`: greedy
-  tokens on 1, 2 and 4 ranks (`tests/engine/rank/test_greedy_fp8_pages.py`).
-- **weights** beside fp32, fp16 and bf16 that a test of the family loads: FP8 with a scale per block or per
-  matrix (`test_weights_fp8.py`), 4 bits (`test_weights_four_bit.py`).
+  `overlap`: two microbatches (`test_greedy_overlap.py`); `served`: through the front door, split
+  and staged (`tests/serving/test_served_layouts.py`).
+- **FP8 pages**: `loss`: of logits (`tests/engine/models/test_models_fp8_pages.py`); `layouts`:
+  greedy tokens on 1, 2 and 4 ranks (`tests/engine/rank/test_greedy_fp8_pages.py`).
+- **weights** beside fp32, fp16 and bf16 that a test of the family loads: FP8 with a scale per block
+  or per matrix (`test_weights_fp8.py`), 4 bits (`test_weights_four_bit.py`).
 - **tool format** where the chat template does not say otherwise.
 - **recipes** for a model of the family; none has run on a GPU unless it says so (`verified:`).
 """
