@@ -5,6 +5,7 @@ for the device and the controller is silent. A step that is merely slow to be ta
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +37,7 @@ CPU = torch.device("cpu")
 SECONDS = 0.5
 GLOO_SECONDS = 6.0  # the double's device hangs on after that; its gloo ends no wait earlier
 EMPTY = StepPlan(Header(0, 0, 7, -1, Mode.DECODE, 4), Section(rebase=True))
-STRICT = Sampling(temperature=0.0, presence_penalty=1.0)
+STRICT = Sampling(temperature=0.0, bad_words_i32=array("i", [5, -1]).tobytes())
 
 
 @pytest.fixture(scope="module")
