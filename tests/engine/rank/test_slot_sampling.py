@@ -163,4 +163,4 @@ def test_rows_that_take_the_most_likely_token_and_ask_for_nothing_else(
     settings.admit(1, sampling, np.zeros(4, np.int32), 0, grammar)
     assert settings.plain(np.array([1, 0])).tolist() == [plain, False]
     follows = grammar or sampling.frequency_penalty > 0 or bool(sampling.bad_words_i32)
-    assert settings.follows(np.array([1, 0])).tolist() == [follows, False]
+    assert settings.follows(np.array([1, 0])) == follows and not settings.follows(np.array([0]))
