@@ -59,7 +59,8 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
-# Compiles every Triton kernel for each kind of NVIDIA card, without one. Tests compile all for sm_90 and a few for others.
+# Compiles every Triton kernel for each kind of NVIDIA card, without one. Tests compile all for sm_90
+# and a few for others.
 test-compile: setup
 	LOCKSTEP_COMPILE=all $(BIN)/python -m pytest $(WORKERS) tests/kernels/triton/test_triton_compiles.py $(PYTEST_ARGS)
 

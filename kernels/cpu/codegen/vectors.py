@@ -192,8 +192,8 @@ def exp2(builder: Any, x: Any) -> Any:
 
 
 def silu(builder: Any, x: Any) -> Any:
-    """Vectorized x / (1 + e^-x), within 16 units in the last place from -80 on, and no
-    nearer to 0 below.
+    """Vectorized x / (1 + e^-x), within 9 units in the last place from -10 to 10, within 62 from
+    -80 to 80 (of 2.6 million draws); below -87 it nears 0 no further.
     """
     most = all_lanes(x.type, 126.0)
     power = builder.fmul(x, all_lanes(x.type, -1.4426950408889634))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,11 +46,11 @@ def no_waits(place: str) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def device_executor(path: Path, place: str, captured: bool = False, **more: object) -> Executor:
+def device_executor(path: Path, place: str, captured: bool = False, **more: Any) -> Executor:
     device = torch.device(place)
     recorder = CudaRecorder(device) if captured else None
     column = "triton" if place == "cuda" else "reference"
-    return build_executor(path, column=column, as_device=True, recorder=recorder, device=device, **more)  # type: ignore[arg-type]
+    return build_executor(path, column=column, as_device=True, recorder=recorder, device=device, **more)
 
 
 def _within(plan: StepPlan) -> StepPlan:
